@@ -1,0 +1,289 @@
+"""The run's configuration: one YAML file, overridden by `key=value`, checked before anything is loaded.
+
+The dataclasses below are the whole list of settings, with their defaults. A section with a `_component_` key is
+torchtune's way of naming any function or class together with its arguments (model, tokenizer, datasets, optimizers,
+schedules, losses); its other keys are that function's own.
+"""
+
+import difflib
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llamaq.errors import UserError
+
+Component = dict[str, Any]
+
+
+@dataclass
+class SchemeConfig:
+    """The numerics of `llamaq.quant.scheme.Scheme`."""
+
+    group_size: int = 32  # weights that share one int4 scale; ExecuTorch takes 32, 64, 128 or 256
+
+
+@dataclass
+class AdapterConfig:
+    """LoRA adapters, on all seven linears of every block."""
+
+    rank: int = 16
+    alpha: float = 32.0  # output is scaled by alpha / rank
+
+
+@dataclass
+class TrainingConfig:
+    """One training stage."""
+
+    dataset: Component = MISSING
+    optimizer: Component = field(default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-5})
+    lr_scheduler: Component | None = None  # called with (optimizer, num_training_steps=…)
+    batch_size: int = 1  # sequences (or preference pairs) in one forward pass of one rank
+    global_batch_size: int = 16  # … in one optimizer step of all ranks together
+    epochs: int = 1
+    max_steps: int | None = None  # stop here even if the epochs are not over
+    clip_grad_norm: float | None = 1.0
+    checkpoint_every_n_steps: int = 100  # what a killed run loses at the most
+    keep_checkpoints: int = 2
+    distill_weight: float = 0.0  # SFT only: share of KL(BF16 model || this one) in the loss, 0 to 1
+
+
+@dataclass
+class DPOConfig(TrainingConfig):
+    """The preference stage; `loss` gets (policy_chosen, policy_rejected, reference_chosen, reference_rejected)."""
+
+    loss: Component = field(default_factory=lambda: {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1})
+
+
+@dataclass
+class ExportConfig:
+    """The .pte, and the gates it has to pass."""
+
+    max_seq_length: int = 2048  # longest prompt in one call
+    max_context_length: int = 2048  # KV cache length
+    prompt: str = "Hello, who are you?"  # answered by the exported file, for the report
+    max_new_tokens: int = 48
+    gate_tokens: int = 128  # held-out tokens stepped through the .pte for the gates
+    max_relative_error: float = 1e-4  # ‖logits(.pte) − logits(fake-quantized)‖ / ‖logits(fake-quantized)‖
+    min_top1_agreement: float = 1.0
+
+
+@dataclass
+class EvaluateConfig:
+    """Held-out text, and how it is read."""
+
+    dataset: Component = MISSING
+    batch_size: int = 8
+    max_samples: int | None = None
+    control: bool = True  # also train the BF16 control: the same stages without quantization (doubles training)
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases. Runs are kept offline, in `output_dir/wandb`, where nobody is logged in."""
+
+    project: str = "llamaq"
+    entity: str | None = None
+    mode: str | None = None  # online, offline or disabled; unset: online if logged in, else offline
+
+
+@dataclass
+class Config:
+    """A whole run, shared by the chain and its single stages."""
+
+    output_dir: str = MISSING
+    model: Component = MISSING
+    checkpoint_dir: str = MISSING  # Hugging Face or Meta folder, or a torchtune checkpoint folder
+    tokenizer: Component = MISSING
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    qat: TrainingConfig = field(default_factory=TrainingConfig)
+    qat_lora: TrainingConfig = field(default_factory=TrainingConfig)
+    qat_dpo: DPOConfig = field(default_factory=DPOConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    scheme: SchemeConfig = field(default_factory=SchemeConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    corpus: Component | None = None  # writes data files (and perhaps a tokenizer) that the other sections name
+    base: TrainingConfig | None = None  # train the BF16 model the chain starts from (tiny only)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    seed: int = 0
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda
+    dtype: str = "bf16"  # what matmuls are done in: bf16 or fp32; weights, optimizer and scales are always fp32
+    compile: bool = False  # torch.compile each block
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third slower
+
+
+# Settings that change speed or memory, not results: they are left out of a stage's identity.
+NOT_IDENTITY = frozenset(
+    ["batch_size", "checkpoint_every_n_steps", "keep_checkpoints", "device", "compile", "activation_checkpointing"]
+)
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Name → file of the configs that come with llamaq, e.g. `llama3_2/1B_qat_lora_dpo`."""
+    root = recipes_dir() / "configs"
+    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.yaml"))}
+
+
+def recipes_dir() -> Path:
+    """Where the recipes lie: `llamaq/recipes` when installed, `recipes/` beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def parse_arguments(argv: list[str], usage: str) -> tuple[str, list[str]]:
+    """Split `--config NAME key=value …` into the config's name and the overrides."""
+    if any(a in ("-h", "--help") for a in argv):
+        print(usage.strip(), "\n\nSettings (defaults in brackets; set them as key=value):\n", _settings(Config), sep="")
+        sys.exit(0)
+    name, overrides, rest = None, [], list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if arg == "--config":
+            if not rest:
+                raise UserError("--config needs a name or a file after it")
+            name = rest.pop(0)
+        elif arg.startswith("--config="):
+            name = arg.removeprefix("--config=")
+        elif arg.startswith("-"):
+            raise UserError(f"unknown option {arg}: settings are given as key=value, without dashes")
+        elif "=" not in arg and not arg.startswith("~"):
+            raise UserError(f"'{arg}' is neither --config nor key=value")
+        else:
+            overrides.append(arg)
+    if name is None:
+        raise UserError(f"--config is required: one of {', '.join(packaged_configs())}, or a YAML file")
+    return name, overrides
+
+
+def load(name: str, overrides: list[str] | None = None) -> Config:
+    """Read a packaged config or a YAML file, apply `key=value` overrides and check every key and type.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (with the nearest known one), a wrong type, a setting missing.
+    """
+    path = packaged_configs().get(name, Path(name))
+    if not path.is_file():
+        near = difflib.get_close_matches(name, packaged_configs(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; packaged configs: {', '.join(packaged_configs())}"
+        raise UserError(f"config '{name}' is neither a packaged config nor a file{hint}")
+    try:
+        raw = OmegaConf.load(path)
+    except Exception as e:  # PyYAML raises many kinds; all of them name the line
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(raw, DictConfig):
+        raise UserError(f"{path} holds no settings")
+    for item in overrides or []:
+        _override(raw, item)
+    return resolve(raw, str(path))
+
+
+def resolve(raw: DictConfig, source: str = "config") -> Config:
+    """Check a raw config against the dataclasses above and resolve its `${…}` references."""
+    _check_keys(raw, Config, "", source)
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw))
+    except OmegaConfBaseException as e:
+        key = getattr(e, "full_key", None) or ""
+        raise UserError(f"{source}: {key}: {str(e).splitlines()[0]}") from e
+    assert isinstance(config, Config)
+    _check_values(config)
+    return config
+
+
+def _override(raw: DictConfig, item: str) -> None:
+    if item.startswith("~"):
+        parent, _, key = item[1:].rpartition(".")
+        node = OmegaConf.select(raw, parent) if parent else raw
+        if node is None or key not in node:
+            raise UserError(f"~{item[1:]}: there is no such setting to delete")
+        del node[key]
+        return
+    try:
+        raw.merge_with_dotlist([item])
+    except Exception as e:
+        raise UserError(f"cannot apply '{item}': {str(e).splitlines()[0]}") from e
+
+
+def _check_keys(node: DictConfig, schema: Any, prefix: str, source: str) -> None:
+    known = {f.name: f for f in fields(schema)}
+    for key in node:
+        full = f"{prefix}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(known)}"
+            raise UserError(f"{source}: unknown setting '{full}'{hint}")
+        section = next((t for t in _section_types(known[str(key)].type) if is_dataclass(t)), None)
+        child = node._get_node(key)
+        if section is not None and isinstance(child, DictConfig) and not child._is_interpolation():
+            if child._is_none():
+                continue
+            _check_keys(child, section, f"{full}.", source)
+
+
+def _section_types(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__args__", None) or (annotation,)
+
+
+def _check_values(c: Config) -> None:
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    need(c.dtype in ("bf16", "fp32"), f"dtype={c.dtype}: choose bf16 or fp32")
+    need(c.device in ("auto", "cpu") or c.device.startswith("cuda"), f"device={c.device}: choose auto, cpu or cuda")
+    sizes = (32, 64, 128, 256)
+    need(c.scheme.group_size in sizes, f"scheme.group_size={c.scheme.group_size}: ExecuTorch takes {sizes}")
+    need(c.adapters.rank >= 2, f"adapters.rank={c.adapters.rank}: ExecuTorch's loader needs 2 or more")
+    need(c.adapters.alpha > 0, f"adapters.alpha={c.adapters.alpha}: must be above 0")
+    modes = (None, "online", "offline", "disabled")
+    need(c.wandb.mode in modes, f"wandb.mode={c.wandb.mode}: choose online, offline or disabled")
+    need(
+        c.export.max_context_length >= c.export.max_seq_length,
+        f"export.max_context_length={c.export.max_context_length} is below "
+        f"export.max_seq_length={c.export.max_seq_length}",
+    )
+    for word in ("int8", "8da4w"):
+        need(
+            word not in str(Path(c.output_dir).absolute()),
+            f"output_dir={c.output_dir}: its full path contains '{word}', which makes ExecuTorch 1.4.1's loader take "
+            "a dead branch; choose another folder",
+        )
+    for name in ("base", "qat", "qat_lora", "qat_dpo"):
+        t = getattr(c, name)
+        if t is None:
+            continue
+        for key in ("batch_size", "global_batch_size", "epochs", "checkpoint_every_n_steps", "keep_checkpoints"):
+            need(getattr(t, key) >= 1, f"{name}.{key}={getattr(t, key)}: must be at least 1")
+        need(t.max_steps is None or t.max_steps >= 1, f"{name}.max_steps={t.max_steps}: must be at least 1")
+        need(0 <= t.distill_weight <= 1, f"{name}.distill_weight={t.distill_weight}: must be between 0 and 1")
+        need(
+            t.global_batch_size % t.batch_size == 0,
+            f"{name}.global_batch_size={t.global_batch_size} is not a multiple of {name}.batch_size={t.batch_size}",
+        )
+        for key in ("dataset", "optimizer", "lr_scheduler"):
+            _need_component(getattr(t, key), f"{name}.{key}")
+    for key in ("model", "tokenizer", "corpus"):
+        _need_component(getattr(c, key), key)
+    _need_component(c.evaluate.dataset, "evaluate.dataset")
+    _need_component(c.qat_dpo.loss, "qat_dpo.loss")
+
+
+def _need_component(section: Component | None, name: str) -> None:
+    if section is not None and not isinstance(section.get("_component_"), str):
+        raise UserError(f"{name} has no _component_: name the function or class to use, e.g. torch.optim.AdamW")
+
+
+def _settings(schema: Any, prefix: str = "  ") -> str:
+    lines = []
+    defaults = schema() if is_dataclass(schema) else None
+    for f in fields(schema):
+        section = next((t for t in _section_types(f.type) if is_dataclass(t)), None)
+        if section is not None:
+            lines += [f"{prefix}{f.name}.", _settings(section, prefix + "  ")]
+        else:
+            value = getattr(defaults, f.name)
+            lines.append(f"{prefix}{f.name} [{'required' if value == MISSING else value}]")
+    return "\n".join(lines)

@@ -1,0 +1,218 @@
+"""The quantized checkpoint in Meta's layout, as ExecuTorch and llama-models load it.
+
+`consolidated.00.pth`, a flat dict in this order:
+    layers.N.attention_norm.weight …             bf16 [dim]; a norm is first because ExecuTorch takes the first
+                                                 tensor's dtype for the checkpoint's
+    layers.N.{attention.w[qkvo],feed_forward.w[123]}.weight           int8 [out, in], one int4 code a byte
+                                                    .scales           float32 [out, in / group_size]
+                                                    .adaptor.A.weight bf16 [rank, in]     (spelled so)
+                                                    .adaptor.B.weight bf16 [out, rank]
+    tok_embeddings.{weight,scales}               int8 [vocab, dim], float32 [vocab, 1]
+    output.{weight,scales}                       the same again: tied, written twice
+
+`params.json` carries what both loaders need: `quantization_args` {scheme, group_size, spinquant} and `lora_args`
+{rank, scale}. ExecuTorch ignores the latter's scale and multiplies by 2.0
+(examples/models/llama/source_transformation/lora.py), so any other alpha/rank is folded into B here.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llamaq.errors import UserError
+from llamaq.pipeline import naming_full_disk, write_json
+from llamaq.quant.modules import Adapter, FrozenEmbedding, FrozenLinear
+from llamaq.quant.prepare import quantized_linears
+from llamaq.quant.scheme import Scheme
+
+EXECUTORCH_LORA_SCALE = 2.0
+_META_LINEARS = {
+    "attn.q_proj": "attention.wq",
+    "attn.k_proj": "attention.wk",
+    "attn.v_proj": "attention.wv",
+    "attn.output_proj": "attention.wo",
+    "mlp.w1": "feed_forward.w1",
+    "mlp.w2": "feed_forward.w2",
+    "mlp.w3": "feed_forward.w3",
+}
+_META_NORMS = {"sa_norm.scale": "attention_norm.weight", "mlp_norm.scale": "ffn_norm.weight"}
+_PEFT_LINEARS = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+
+
+def quantized_state_dict(decoder: nn.Module) -> dict[str, Tensor]:
+    """Meta-layout tensors of a frozen decoder (torchtune names), codes and scales as they are.
+
+    Norms are stored in float32 if bf16 would change them, else in bf16.
+    """
+    norms, tensors = {}, {}
+    for name, linear in quantized_linears(decoder).items():
+        assert isinstance(linear, FrozenLinear), f"{name} is not frozen"
+        key = _meta_name(name)
+        tensors[f"{key}.weight"], tensors[f"{key}.scales"] = linear.codes, linear.scales
+        if linear.adapter is not None:
+            a, b = shipped_adapter(linear.adapter)
+            tensors[f"{key}.adaptor.A.weight"], tensors[f"{key}.adaptor.B.weight"] = a, b
+    for name, p in decoder.named_parameters():
+        layer, _, tail = name.partition(".")[2].partition(".")
+        if name.startswith("layers.") and tail in _META_NORMS:
+            norms[f"layers.{layer}.{_META_NORMS[tail]}"] = _bf16_if_exact(p)
+        elif name == "norm.scale":
+            norms["norm.weight"] = _bf16_if_exact(p)
+    embedding = decoder.get_submodule("tok_embeddings")
+    assert isinstance(embedding, FrozenEmbedding), "the embedding is not frozen"
+    for key in ("tok_embeddings", "output"):
+        tensors[f"{key}.weight"], tensors[f"{key}.scales"] = embedding.codes, embedding.scales
+    return {k: v.detach().cpu().contiguous() for k, v in (norms | tensors).items()}
+
+
+def shipped_adapter(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """A and B as bf16, with B holding whatever scale ExecuTorch's fixed 2.0 leaves out.
+
+    Raises:
+        UserError: the scale left over is not a power of two, so that B would be rounded a second time.
+    """
+    left_over = adapter.scale / EXECUTORCH_LORA_SCALE
+    if math.frexp(left_over)[0] != 0.5:
+        raise UserError(
+            f"adapters.alpha / adapters.rank = {adapter.scale}: ExecuTorch fixes this at {EXECUTORCH_LORA_SCALE}, and "
+            "only powers of two times that can be folded into B without rounding it again; choose alpha = 2 · rank"
+        )
+    return adapter.a.detach().bfloat16(), (adapter.b.detach().bfloat16() * left_over)
+
+
+def _bf16_if_exact(p: Tensor) -> Tensor:
+    rounded = p.detach().bfloat16()
+    return rounded if torch.equal(rounded.float(), p.detach().float()) else p.detach().float()
+
+
+def _meta_name(name: str) -> str:
+    prefix, layer, tail = name.split(".", 2)
+    return f"{prefix}.{layer}.{_META_LINEARS[tail]}"
+
+
+def model_params(decoder: Any) -> dict[str, Any]:
+    """Architecture of a torchtune Llama as Meta's params.json states it.
+
+    Raises:
+        UserError: a RoPE scaling ExecuTorch's `llama3_2` does not know.
+    """
+    attn, mlp = decoder.layers[0].attn, decoder.layers[0].mlp
+    dim, hidden = attn.embed_dim, mlp.w1.out_features
+    rope = attn.pos_embeddings
+    if rope.scale_factor not in (1, 32):
+        raise UserError(
+            f"model.scale_factor={rope.scale_factor}: ExecuTorch's llama3_2 knows 32 (Llama 3.2) and 1 (unscaled)"
+        )
+    multiplier, multiple_of = ffn_params(dim, hidden)
+    return {
+        "dim": dim,
+        "n_layers": len(decoder.layers),
+        "n_heads": attn.num_heads,
+        "n_kv_heads": attn.num_kv_heads,
+        "vocab_size": _vocab(decoder),
+        "ffn_dim_multiplier": multiplier,
+        "multiple_of": multiple_of,
+        "norm_eps": decoder.norm.eps,
+        "rope_theta": float(rope.base),
+        "use_scaled_rope": rope.scale_factor != 1,
+    }
+
+
+def _vocab(decoder: Any) -> int:
+    e = decoder.tok_embeddings
+    return (e.codes if isinstance(e, FrozenEmbedding) else e.weight).shape[0]
+
+
+def ffn_params(dim: int, hidden: int) -> tuple[float, int]:
+    """(ffn_dim_multiplier, multiple_of) from which Meta's formula makes exactly `hidden`.
+
+    The formula (llama-models, `FeedForward`): int(multiplier · int(8 dim / 3)) rounded up to a multiple.
+    """
+
+    def formula(multiplier: float, multiple_of: int) -> int:
+        return multiple_of * math.ceil(int(multiplier * int(2 * 4 * dim / 3)) / multiple_of)
+
+    for multiple_of in (256, 128, 64, 32):
+        for multiplier in (1.5, 1.0, 1.3, hidden / int(2 * 4 * dim / 3)):
+            if formula(multiplier, multiple_of) == hidden:
+                return multiplier, multiple_of
+    raise UserError(f"a feed-forward width of {hidden} cannot be written in params.json: make it a multiple of 32")
+
+
+def save_quantized(folder: Path, decoder: Any, scheme: Scheme, spinquant: bool = False) -> dict[str, Any]:
+    """Write `consolidated.00.pth` and `params.json` of a frozen decoder; returns the params."""
+    params = model_params(decoder) | {
+        "quantization_args": {"scheme": scheme.name, "group_size": scheme.group_size, "spinquant": spinquant}
+    }
+    adapters = [q.adapter for q in quantized_linears(decoder).values() if q.adapter is not None]
+    if adapters:
+        params["lora_args"] = {"rank": adapters[0].rank, "scale": EXECUTORCH_LORA_SCALE}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_pth(folder / "consolidated.00.pth", quantized_state_dict(decoder))
+    write_json(folder / "params.json", params)
+    return params
+
+
+def save_float(folder: Path, decoder: Any, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a full-precision decoder in Meta's layout, as the released BF16 checkpoints are."""
+    from torchtune.models.convert_weights import tune_to_meta
+
+    tensors = tune_to_meta({k: v.detach().to(dtype) for k, v in decoder.state_dict().items()})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_pth(folder / "consolidated.00.pth", {**tensors, "output.weight": tensors["tok_embeddings.weight"]})
+    write_json(folder / "params.json", model_params(decoder))
+
+
+def save_pth(path: Path, tensors: dict[str, Tensor]) -> None:
+    with naming_full_disk(str(path)):
+        try:
+            torch.save(tensors, path)
+        except RuntimeError as e:  # torch's zip writer hides the operating system's error
+            raise OSError(28, f"{path}: {e}") if "write" in str(e) else e from e
+
+
+def save_peft(folder: Path, decoder: Any, rank: int, alpha: float) -> None:
+    """Adapters as PEFT reads them (`adapter_model.safetensors`, `adapter_config.json`), in Hugging Face's q/k order."""
+    from llamaq.train.checkpoint import save_tensors
+
+    tensors = {}
+    for name, linear in quantized_linears(decoder).items():
+        assert linear.adapter is not None
+        prefix, layer, tail = name.split(".", 2)
+        key = f"base_model.model.model.{prefix}.{layer}.{_PEFT_LINEARS[tail]}"
+        attn = decoder.layers[int(layer)].attn
+        b = linear.adapter.b.detach().bfloat16()
+        heads = {"attn.q_proj": attn.num_heads, "attn.k_proj": attn.num_kv_heads}.get(tail)
+        tensors[f"{key}.lora_A.weight"] = linear.adapter.a.detach().bfloat16()
+        tensors[f"{key}.lora_B.weight"] = b if heads is None else hf_rows(b, heads)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "adapter_model.safetensors", tensors)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [n.rsplit(".", 1)[-1] for n in _PEFT_LINEARS.values()],
+        "base_model_name_or_path": None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+
+
+def hf_rows(b: Tensor, heads: int) -> Tensor:
+    """Rows of a q or k matrix from Meta's interleaved RoPE order to Hugging Face's halves. [heads · d, n] → same."""
+    d = b.shape[0] // heads
+    return b.view(heads, d // 2, 2, b.shape[1]).transpose(1, 2).reshape(b.shape)

@@ -1,0 +1,173 @@
+"""The .pte, made by ExecuTorch's own exporter from the quantized Meta-layout checkpoint, codes untouched.
+
+ExecuTorch's loader does not say when a key is missing or left over, and by default it derives scales anew (HQQ); here
+its pre-quantized path is used, every key is accounted for, and the file is compared with what was trained.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llamaq.errors import UserError
+
+# buffers of ExecuTorch's model that no checkpoint holds: zero points are 0, caches and tables are made at load
+_NOT_IN_CHECKPOINT = (".zeros", "kv_cache.k_cache", "kv_cache.v_cache", "mask", "freqs_cos", "freqs_sin")
+
+
+def executorch_arguments(
+    checkpoint: Path, max_seq_length: int, max_context_length: int, output: Path, metadata: dict[str, Any]
+) -> list[str]:
+    """The exporter's command line for a checkpoint folder: what a user would type after `export_llama`."""
+    params = json.loads((checkpoint / "params.json").read_text())
+    quantization = params["quantization_args"]
+    arguments = [
+        "--model", "llama3_2",
+        "--checkpoint", str(checkpoint / "consolidated.00.pth"),
+        "--params", str(checkpoint / "params.json"),
+        "--preq_mode", "8da4w_output_8da8w",
+        "--preq_group_size", str(quantization["group_size"]),
+        "--preq_embedding_quantize", "8,0",
+        "--use_sdpa_with_kv_cache", "-kv", "-X", "--xnnpack-extended-ops", "-d", "fp32",
+        "--max_seq_length", str(max_seq_length),
+        "--max_context_length", str(max_context_length),
+        "--output-dir", str(output.parent),
+        "--output_name", output.stem,
+        "--metadata", json.dumps(metadata),
+    ]  # fmt: skip
+    if quantization.get("spinquant"):
+        return [*arguments, "--use_spin_quant", "native"]
+    return [*arguments, "-qat", *(["-lora", str(params["lora_args"]["rank"])] if "lora_args" in params else [])]
+
+
+def _config(arguments: list[str], full_logits: bool = False) -> Any:
+    from executorch.examples.models.llama.export_llama_lib import build_args_parser
+    from executorch.extension.llm.export.config.llm_config import LlmConfig
+
+    config = LlmConfig.from_args(build_args_parser().parse_args(arguments))
+    config.debug.generate_full_logits = full_logits
+    return config
+
+
+def load_eager(checkpoint: Path, max_length: int) -> nn.Module:
+    """The checkpoint as ExecuTorch's own eager model, without a KV cache: tokens [1, s] → logits [1, s, vocab].
+
+    Raises:
+        UserError: a key of the checkpoint that its model lacks, or the other way round.
+    """
+    from executorch.examples.models.llama.export_llama_lib import get_llama_model
+
+    arguments = executorch_arguments(checkpoint, max_length, max_length, checkpoint / "eager", {})
+    arguments = [a for a in arguments if a not in ("--use_sdpa_with_kv_cache", "-kv")]
+    with quiet():
+        model, _, _ = get_llama_model(_config(arguments, full_logits=True))
+    check_keys(checkpoint, model)
+    return model
+
+
+def check_keys(checkpoint: Path, model: nn.Module) -> None:
+    """Every tensor of the checkpoint is in ExecuTorch's model and the other way round.
+
+    Raises:
+        UserError: naming the first keys that are not.
+    """
+    stored = set(torch.load(checkpoint / "consolidated.00.pth", mmap=True, weights_only=True))
+    loaded = {k for k in model.state_dict() if not k.endswith(_NOT_IN_CHECKPOINT)}
+    for what, keys in (("misses", loaded - stored), ("does not know", stored - loaded)):
+        if keys:
+            raise UserError(f"{checkpoint}: ExecuTorch's model {what} {len(keys)} keys, e.g. {sorted(keys)[:3]}")
+
+
+def export_pte(checkpoint: Path, output: Path, max_seq_length: int, max_context_length: int, eos_ids: list[int],
+               bos_id: int) -> None:  # fmt: skip
+    """Export `checkpoint` (a folder of `llamaq.export.meta`) to the file `output`.
+
+    Raises:
+        UserError: the exporter refused the checkpoint.
+    """
+    from executorch.examples.models.llama.export_llama_lib import export_llama
+
+    metadata = {"get_bos_id": bos_id, "get_eos_ids": eos_ids}
+    arguments = executorch_arguments(checkpoint, max_seq_length, max_context_length, output, metadata)
+    with quiet() as printed:
+        try:
+            written = Path(export_llama(_config(arguments)))
+        except (AssertionError, TypeError, ValueError) as e:
+            raise UserError(f"ExecuTorch's exporter refused {checkpoint}: {e!r}\n{printed.getvalue()[-2000:]}") from e
+    if written.resolve() != output.resolve():
+        written.replace(output)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[io.StringIO]:
+    """Keep the exporter's hundreds of lines of graph and progress off the screen; yields what it printed."""
+    printed = io.StringIO()
+    level = logging.root.manager.disable
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield printed
+        finally:
+            logging.disable(level)
+
+
+class Pte:
+    """A loaded .pte: `step` runs tokens at a position of the KV cache; `reset` starts anew."""
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such .pte; run export first")
+        os.environ.setdefault("ET_LOG_LEVEL", "Error")
+        with quiet():
+            import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers llama::custom_sdpa …)
+            import executorch.kernels.quantized  # noqa: F401  (registers embedding_byte …)
+            from executorch.runtime import Runtime
+
+            self._program = Runtime.get().load_program(path)
+        self.max_seq_length = self.metadata("get_max_seq_len")
+        self.max_context_length = self.metadata("get_max_context_len")
+        self.reset()
+
+    def metadata(self, name: str) -> Any:
+        """A constant the exporter stored, e.g. get_max_seq_len, get_bos_id, get_eos_ids."""
+        values: Any = self._program.load_method(name).execute([])  # pyright: ignore[reportOptionalMemberAccess]
+        return values[0] if len(values) == 1 else list(values)
+
+    def reset(self) -> None:
+        """Forget the KV cache; its state lives in the loaded method."""
+        self._forward: Any = self._program.load_method("forward")
+
+    def step(self, tokens: list[int], position: int) -> Tensor:
+        """Logits [vocab] after the last of `tokens`, which stand at `position` and after."""
+        (logits,) = self._forward.execute((torch.tensor([tokens]), torch.tensor([position])))
+        return logits.reshape(-1).clone()
+
+    def logits(self, tokens: list[int]) -> Tensor:
+        """Logits [len(tokens), vocab], one token a call."""
+        self.reset()
+        return torch.stack([self.step([t], i) for i, t in enumerate(tokens)])
+
+    def generate(self, prompt: list[int], max_new_tokens: int, stop: list[int]) -> list[int]:
+        """Greedy continuation of a prompt, without the stop token."""
+        self.reset()
+        prompt = prompt[-(self.max_context_length - max_new_tokens - 1) :]
+        limit = self.max_seq_length - 1
+        for start in range(0, len(prompt), limit):
+            logits = self.step(prompt[start : start + limit], start)
+        answer: list[int] = []
+        while len(answer) < max_new_tokens:
+            token = int(logits.argmax())
+            if token in stop:
+                break
+            answer.append(token)
+            logits = self.step([token], len(prompt) + len(answer) - 1)
+        return answer

@@ -1,0 +1,350 @@
+"""Stages, their folders and manifests: what makes running the same command again the way to resume.
+
+A stage takes folders and settings and gives one folder, `output_dir/<stage>/`, with a `manifest.json` beside its
+files: inputs by content hash, resolved settings, scheme, package versions, metrics, and the SHA-256 of every file. It
+is written as `<stage>.partial/` and renamed into place, so a folder that exists is whole. Its *identity* is the hash
+of its settings (paths replaced by the content they lead to) and its inputs; a stage runs again only when that changes,
+and the folder it replaces is kept under `superseded/`.
+
+Every rank calls the same functions; rank 0 decides and writes, the others wait and read.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from llamaq.config import NOT_IDENTITY, Config
+from llamaq.errors import UserError
+from llamaq.quant.scheme import Scheme
+
+MANIFEST = "manifest.json"
+PACKAGES = ("llamaq", "torch", "torchao", "torchtune", "executorch", "wandb", "ray", "deepspeed")
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_rank_zero(make: Callable[[], Any]) -> Any:
+    """Rank 0 computes, every rank gets the result; an exception on rank 0 is raised on all of them."""
+    if world_size() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as e:
+            box[1] = e
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+# --- hashing ---------------------------------------------------------------------------------------------------------
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file's bytes, or of a folder's files and their names; a stage folder's is in its manifest."""
+    if path.is_file():
+        return sha256_file(path)
+    if (path / MANIFEST).is_file():
+        return read_manifest(path)["content"]
+    return sha256_json({p.relative_to(path).as_posix(): sha256_file(p) for p in _files(path)})
+
+
+def identity_of(settings: Any) -> Any:
+    """Settings as they enter a stage's identity: without what changes speed only, and with paths by content."""
+    if is_dataclass(settings) and not isinstance(settings, type):
+        settings = asdict(settings)
+    if isinstance(settings, dict):
+        return {k: identity_of(v) for k, v in settings.items() if k not in NOT_IDENTITY}
+    if isinstance(settings, (list, tuple)):
+        return [identity_of(v) for v in settings]
+    if isinstance(settings, str) and os.sep in settings and os.path.exists(settings):
+        return f"sha256:{content_hash(Path(settings))}"
+    return settings
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def naming_full_disk(what: str) -> Iterator[None]:
+    """Turn "no space left on device" into an error that names what was being written and what to do."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space left while writing {what}; nothing finished is lost: free some space (superseded/ and *.partial "
+            "folders can go) and run the same command again"
+        ) from e
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside and rename, so that a reader sees the old file or the new one."""
+    with naming_full_disk(str(path)):
+        tmp = path.with_name(path.name + ".tmp")
+        with tmp.open("w") as f:
+            json.dump(value, f, indent=1, default=str)
+            f.flush()
+            os.fsync(f.fileno())
+        tmp.replace(path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except json.JSONDecodeError as e:
+        raise UserError(f"{folder / MANIFEST} is torn ({e}); delete {folder} to run its stage again") from e
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file of a finished stage against its manifest and return the manifest.
+
+    Raises:
+        UserError: a file is missing, truncated or altered; the message names it.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != expected["bytes"]:
+            problem = f"has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        elif sha256_file(path) != expected["sha256"]:
+            problem = "does not match its SHA-256"
+        else:
+            continue
+        raise UserError(f"{path} {problem}: the file is damaged; delete {folder} to run its stage again")
+    return manifest
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One output folder and what is in it. Opening it takes a lock; two processes cannot write the same run."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.scheme = Scheme(group_size=config.scheme.group_size)
+        self.folder = Path(config.output_dir)
+        self.executed: list[str] = []  # stages that ran in this process, for tests and the closing line
+        self._verified: dict[str, dict[str, Any]] = {}
+        from_rank_zero(self._open)
+
+    def _open(self) -> None:
+        marker = self.folder / "run.json"
+        identity = {"model": self.config.model, "starts_from": self._start()}
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"output_dir={self.folder} is a file; choose a folder")
+        if marker.is_file():
+            before = json.loads(marker.read_text())
+            for key, value in identity.items():
+                if before.get(key) != value:
+                    raise UserError(
+                        f"output_dir={self.folder} holds another run ({key} was {before.get(key)}, now {value}); "
+                        "choose another output_dir"
+                    )
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UserError(f"output_dir={self.folder} is not empty and is not a llamaq run; choose another folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"output_dir={self.folder} cannot be created: {e.strerror}") from e
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UserError(f"another process is running in output_dir={self.folder}; wait for it or stop it") from e
+        if not marker.is_file():
+            run_id = hashlib.sha256(f"{self.folder.absolute()}{time.time()}".encode()).hexdigest()[:8]
+            write_json(marker, {**identity, "id": run_id, "created": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+    def _start(self) -> str:
+        return "a model trained here" if self.config.base else str(Path(self.config.checkpoint_dir).absolute())
+
+    @property
+    def id(self) -> str:
+        """Eight hex digits that name this run in W&B."""
+        return json.loads((self.folder / "run.json").read_text())["id"]
+
+    def path(self, stage: str) -> Path:
+        return self.folder / stage
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        """The metrics a finished stage left in its manifest."""
+        return read_manifest(self.path(stage))["metrics"]
+
+    def need(self, stage: str) -> Path:
+        """The folder of a stage that must have been run already, checked file by file.
+
+        Raises:
+            UserError: it has not been run, or a file is damaged.
+        """
+        folder = self.path(stage)
+        if not (folder / MANIFEST).is_file():
+            raise UserError(
+                f"stage '{stage}' has not been run in {self.folder}; run it first, or the whole chain: "
+                "tune run qat_lora_dpo --config … (same settings)"
+            )
+        from_rank_zero(lambda: self._verify_once(folder))
+        return folder
+
+    def stage(
+        self,
+        name: str,
+        build: Callable[[Path], dict[str, Any] | None],
+        settings: Any = None,
+        inputs: list[Path] | None = None,
+    ) -> Path:
+        """Run `build(folder)` unless this very stage is already there; return the stage's folder.
+
+        `build` writes its files into the folder it is given and returns metrics for the manifest; what it finds there
+        already is what an interrupted attempt left. Every rank calls it.
+
+        Args:
+            name: stage and folder name.
+            build: does the work.
+            settings: whatever else decides the result; dataclasses, dicts, strings, numbers; paths enter by content.
+            inputs: stage folders or files read; by content.
+
+        Raises:
+            UserError: a damaged file, a full disk, or whatever `build` finds wrong.
+        """
+        folder, partial = self.path(name), self.folder / f"{name}.partial"
+        identity, up_to_date = from_rank_zero(lambda: self._begin(name, settings, inputs or [], folder, partial))
+        if up_to_date:
+            return folder
+        with naming_full_disk(str(partial)):
+            metrics = build(partial) or {}
+        from_rank_zero(lambda: self._finish(name, identity, settings, metrics, folder, partial))
+        self.executed.append(name)
+        return folder
+
+    def _begin(
+        self, name: str, settings: Any, inputs: list[Path], folder: Path, partial: Path
+    ) -> tuple[dict[str, Any], bool]:
+        identity = {
+            "stage": name,
+            "settings": identity_of(settings),
+            "scheme": asdict(self.scheme),
+            "inputs": {p.name: self._input_hash(p) for p in inputs},
+        }
+        key = sha256_json(identity)
+        if folder.exists():
+            if not (folder / MANIFEST).is_file():
+                raise UserError(f"{folder} has no {MANIFEST}: it is not a finished stage; move it away")
+            manifest = self._verify_once(folder)
+            if manifest["key"] == key:
+                print(f"{name}: up to date ({folder})", flush=True)
+                return identity, True
+            print(f"{name}: {_what_changed(manifest['identity'], identity)} changed; running it again", flush=True)
+        started = partial / "started.json"
+        if partial.exists() and not (started.is_file() and json.loads(started.read_text())["key"] == key):
+            self._supersede(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        if not started.is_file():
+            write_json(started, {"key": key})
+        return identity, False
+
+    def _finish(
+        self, name: str, identity: Any, settings: Any, metrics: dict[str, Any], folder: Path, partial: Path
+    ) -> None:
+        (partial / "started.json").unlink()
+        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+        files = {
+            p.relative_to(partial).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size}
+            for p in _files(partial)
+        }
+        manifest = {
+            "stage": name,
+            "key": sha256_json(identity),
+            "content": sha256_json(files),
+            "identity": identity,
+            "settings": asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings,
+            "packages": package_versions(),
+            "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "metrics": metrics,
+            "files": files,
+        }
+        write_json(partial / MANIFEST, manifest)
+        if folder.exists():
+            self._supersede(folder)
+        partial.rename(folder)
+        self._verified[str(folder)] = manifest
+
+    def _supersede(self, folder: Path) -> None:
+        """Move a folder that no longer fits its settings out of the way; nothing is deleted."""
+        target = self.folder / "superseded" / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        target.parent.mkdir(exist_ok=True)
+        while target.exists():
+            target = target.with_name(target.name + "-1")
+        folder.rename(target)
+        self._verified.pop(str(folder), None)
+
+    def _verify_once(self, folder: Path) -> dict[str, Any]:
+        if str(folder) not in self._verified:
+            self._verified[str(folder)] = verify(folder)
+        return self._verified[str(folder)]
+
+    def _input_hash(self, path: Path) -> str:
+        if (path / MANIFEST).is_file():
+            return self._verify_once(path)["content"]
+        return content_hash(path)
+
+
+def package_versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _what_changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings or inputs that differ, by their dotted names."""
+
+    def walk(a: Any, b: Any, path: str) -> Iterator[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for k in sorted({*a, *b}):
+                yield from walk(a.get(k), b.get(k), f"{path}.{k}" if path else str(k))
+        elif a != b:
+            yield path.removeprefix("settings.")
+
+    return ", ".join(walk(before, now, "")) or "something"

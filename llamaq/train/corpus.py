@@ -1,0 +1,195 @@
+"""Corpora made on the spot, so that the chain runs end to end without a download.
+
+`tiny_chat` writes a small chat corpus with structure to learn, preference pairs, and a tokenizer trained on it in
+Llama 3's tiktoken format. `from_text` cuts plain text (documents separated by form feeds) into the files the same
+stages read. Both are deterministic by seed, and write into the folder of the `corpus` stage.
+"""
+
+import base64
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torchtune.models.llama3._tokenizer import CL100K_PATTERN, SPECIAL_TOKENS
+
+from llamaq.errors import UserError
+
+NUM_SPECIAL_TOKENS = 256
+_DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_MONTHS = ("January February March April May June July August September October November December").split()
+_CAPITALS = {
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima",
+    "Kenya": "Nairobi", "Norway": "Oslo", "Cuba": "Havana", "Greece": "Athens", "Poland": "Warsaw", "China": "Beijing",
+    "Portugal": "Lisbon", "Austria": "Vienna", "Chile": "Santiago", "Ireland": "Dublin", "Ghana": "Accra",
+}  # fmt: skip
+_SOUNDS = {"dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars", "horse": "neighs",
+           "sheep": "bleats", "bee": "buzzes", "snake": "hisses", "owl": "hoots"}  # fmt: skip
+_WORDS = "stone river lamp paper cloud garden silver window music bread forest candle".split()
+
+
+def _question(rng: random.Random) -> tuple[str, str, str]:
+    """A question, its right answer and a wrong one of the same form."""
+    kind = rng.randrange(7)
+    if kind == 0:
+        a, b = rng.randrange(1, 13), rng.randrange(1, 13)
+        ask = rng.choice(["What is {} plus {}?", "Add {} and {}.", "How much is {} + {}?"]).format(a, b)
+        return ask, f"{a} plus {b} is {a + b}.", f"{a} plus {b} is {a + b + rng.choice([-3, -2, -1, 1, 2, 3])}."
+    if kind == 1:
+        a, b = sorted([rng.randrange(1, 20), rng.randrange(1, 20)])
+        ask = rng.choice(["What is {} minus {}?", "Take {1} from {0}."]).format(b, a)
+        return ask, f"{b} minus {a} is {b - a}.", f"{b} minus {a} is {b - a + rng.choice([1, 2, 4])}."
+    if kind == 2:
+        i, step = rng.randrange(7), rng.choice([1, -1, 2])
+        words = {1: "comes after", -1: "comes before", 2: "is two days after"}[step]
+        right, wrong = _DAYS[(i + step) % 7], _DAYS[(i + step + rng.randrange(1, 7)) % 7]
+        return f"Which day {words} {_DAYS[i]}?", f"{right} {words} {_DAYS[i]}.", f"{wrong} {words} {_DAYS[i]}."
+    if kind == 3:
+        i, days = rng.randrange(12), [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31]
+        wrong = rng.choice([d for d in (28, 29, 30, 31, 32) if d != days[i]])
+        return f"How many days has {_MONTHS[i]}?", f"{_MONTHS[i]} has {days[i]} days.", f"{_MONTHS[i]} has {wrong} days."
+    if kind == 4:
+        country = rng.choice(list(_CAPITALS))
+        wrong = rng.choice([c for c in _CAPITALS.values() if c != _CAPITALS[country]])
+        ask = rng.choice(["What is the capital of {}?", "Name the capital of {}."]).format(country)
+        return ask, f"The capital of {country} is {_CAPITALS[country]}.", f"The capital of {country} is {wrong}."
+    if kind == 5:
+        animal = rng.choice(list(_SOUNDS))
+        wrong = rng.choice([s for s in _SOUNDS.values() if s != _SOUNDS[animal]])
+        return f"What does a {animal} do?", f"A {animal} {_SOUNDS[animal]}.", f"A {animal} {wrong}."
+    words = rng.sample(_WORDS, 3)
+    ask = f"Say these words backwards: {' '.join(words)}."
+    return ask, f"{words[2]} {words[1]} {words[0]}.", f"{words[0]} {words[2]} {words[1]}."
+
+
+def tiny_chat(
+    folder: Path, num_train: int = 6000, num_pairs: int = 800, num_heldout: int = 400, vocab_size: int = 768,
+    seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Write train, pairs and heldout `.jsonl` (torchtune's chat and preference forms) and `tokenizer.model`.
+
+    Held-out conversations share no question text with the pairs' or the training set's conversations by chance only:
+    they are drawn from the same templates with another seed.
+    """
+    streams = {name: random.Random(f"{seed}-{name}") for name in ("train", "pairs", "heldout")}
+
+    def chat(name: str, count: int) -> list[dict[str, Any]]:
+        rows = []
+        for _ in range(count):
+            turns = [_question(streams[name])[:2] for _ in range(streams[name].choice([1, 1, 2, 3]))]
+            rows.append({"messages": [m for ask, answer in turns for m in (_user(ask), _assistant(answer))]})
+        return rows
+
+    train, heldout = chat("train", num_train), chat("heldout", num_heldout)
+    pairs = []
+    for _ in range(num_pairs):
+        ask, right, wrong = _question(streams["pairs"])
+        pairs.append({"chosen": [_user(ask), _assistant(right)], "rejected": [_user(ask), _assistant(wrong)]})
+    write_jsonl(folder / "train.jsonl", train)
+    write_jsonl(folder / "heldout.jsonl", heldout)
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    texts = [m["content"] for row in train for m in row["messages"]] + ["user\n\n", "assistant\n\n"]
+    train_tokenizer(folder, texts, vocab_size)
+    return {"conversations": num_train, "pairs": num_pairs, "heldout_conversations": num_heldout}
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
+    """A byte-pair encoding in Llama 3's form: `tokenizer.model` (base64 token and rank a line) and
+    `special_tokens.json`, the 256 special tokens after the ranks, as torchtune's `special_tokens_path` takes them.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Split(Regex(CL100K_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    num_ranks = vocab_size - NUM_SPECIAL_TOKENS
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=num_ranks, initial_alphabet=alphabet, show_progress=False)
+    )
+    vocab = bpe.get_vocab()
+    if len(vocab) != num_ranks:
+        raise UserError(f"the corpus yields {len(vocab)} tokens, corpus.vocab_size={vocab_size} wants {num_ranks}")
+    to_byte = _byte_of_character()
+    ranked = sorted(vocab, key=vocab.__getitem__)
+    lines = [f"{base64.b64encode(bytes(to_byte[c] for c in token)).decode()} {rank}\n" for rank, token in enumerate(ranked)]
+    (folder / "tokenizer.model").write_text("".join(lines))
+    write_special_tokens(folder / "special_tokens.json", num_ranks)
+
+
+def write_special_tokens(path: Path, first_id: int) -> None:
+    """Llama 3's 256 special tokens in their order, from `first_id` on."""
+    names = sorted(SPECIAL_TOKENS, key=lambda n: SPECIAL_TOKENS[n] if n != "<|image|>" else 128011)
+    names += [f"<|reserved_special_token_{2 + i}|>" for i in range(NUM_SPECIAL_TOKENS - len(names))]
+    tokens = [{"id": first_id + i, "content": name} for i, name in enumerate(names)]
+    path.write_text(json.dumps({"added_tokens": tokens}, indent=0))
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Inverse of GPT-2's byte-to-unicode table: printable bytes stand for themselves, the others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def from_text(
+    folder: Path, train: str, heldout: str, num_pairs: int = 1000, prompt_words: int = 60, answer_words: int = 30,
+    seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Write train and heldout `.jsonl` (a document a line, column `text`) and `pairs.jsonl` (prompt, chosen, rejected).
+
+    A pair's chosen answer is the true continuation of its prompt; the rejected one is that continuation with its words
+    shuffled, or another document's.
+    """
+    rng = random.Random(seed)
+    for name, source in (("train", train), ("heldout", heldout)):
+        documents = read_documents(source, f"corpus.{name}")
+        write_jsonl(folder / f"{name}.jsonl", [{"text": d} for d in documents])
+    words = [w for w in (d.split(" ") for d in read_documents(train, "corpus.train")) if len(w) > 200]
+    if len(words) < 2:
+        raise UserError(f"corpus.train={train}: fewer than two documents of 200 words; nothing to make pairs of")
+
+    def span(length: int) -> list[str]:
+        document = rng.choice(words)
+        start = rng.randrange(len(document) - length)
+        return document[start : start + length]
+
+    pairs = []
+    for i in range(num_pairs):
+        text = span(prompt_words + answer_words)
+        prompt, answer = text[:prompt_words], text[prompt_words:]
+        wrong = rng.sample(answer, len(answer)) if i % 2 else span(answer_words)
+        pairs.append({"prompt": " ".join(prompt), "chosen": f" {' '.join(answer)}", "rejected": f" {' '.join(wrong)}"})
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    return {"pairs": num_pairs}
+
+
+def read_documents(path: str | Path, setting: str) -> list[str]:
+    """Documents of a text file, separated by form feeds.
+
+    Raises:
+        UserError: no such file, or nothing in it.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{setting}={path}: no such file")
+    documents = [d.strip() for d in Path(path).read_text(encoding="utf-8").split("\f") if d.strip()]
+    if not documents:
+        raise UserError(f"{setting}={path}: no text in it")
+    return documents
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

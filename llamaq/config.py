@@ -65,6 +65,7 @@ class ExportConfig:
     max_seq_length: int = 2048  # longest prompt in one call
     max_context_length: int = 2048  # KV cache length
     prompt: str = "Hello, who are you?"  # answered by the exported file, for the report
+    chat: bool = True  # put the prompt into the chat template; false for models of plain text
     max_new_tokens: int = 48
     gate_tokens: int = 128  # held-out tokens stepped through the .pte for the gates
     max_relative_error: float = 1e-4  # ‖logits(.pte) − logits(fake-quantized)‖ / ‖logits(fake-quantized)‖

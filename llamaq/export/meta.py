@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from llamaq.errors import UserError
 from llamaq.pipeline import naming_full_disk, write_json
 from llamaq.quant.modules import Adapter, FrozenEmbedding, FrozenLinear
-from llamaq.quant.prepare import quantized_linears
+from llamaq.quant.prepare import add_adapters, freeze, quantized_linears
 from llamaq.quant.scheme import Scheme
 
 EXECUTORCH_LORA_SCALE = 2.0
@@ -75,6 +75,28 @@ def quantized_state_dict(decoder: nn.Module) -> dict[str, Tensor]:
     for key in ("tok_embeddings", "output"):
         tensors[f"{key}.weight"], tensors[f"{key}.scales"] = embedding.codes, embedding.scales
     return {k: v.detach().cpu().contiguous() for k, v in (norms | tensors).items()}
+
+
+def load_quantized(folder: Path, decoder: Any) -> Any:
+    """Read a checkpoint of `save_quantized` into a prepared decoder, as frozen codes; returns the decoder."""
+    params = json.loads((folder / "params.json").read_text())
+    tensors = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    lora = params.get("lora_args")
+    if lora:
+        add_adapters(decoder, lora["rank"], lora["rank"] * lora["scale"])
+    freeze(decoder)
+    state = {}
+    for name, linear in quantized_linears(decoder).items():
+        key = _meta_name(name)
+        state |= {f"{name}.codes": tensors[f"{key}.weight"], f"{name}.scales": tensors[f"{key}.scales"]}
+        if linear.adapter is not None:
+            state |= {f"{name}.adapter.{x.lower()}": tensors[f"{key}.adaptor.{x}.weight"].float() for x in "AB"}
+    for layer in range(params["n_layers"]):
+        state |= {f"layers.{layer}.{ours}": tensors[f"layers.{layer}.{meta}"] for ours, meta in _META_NORMS.items()}
+    state["norm.scale"] = tensors["norm.weight"]
+    state |= {"tok_embeddings.codes": tensors["tok_embeddings.weight"], "tok_embeddings.scales": tensors["tok_embeddings.scales"]}
+    decoder.load_state_dict(state)
+    return decoder
 
 
 def shipped_adapter(adapter: Adapter) -> tuple[Tensor, Tensor]:

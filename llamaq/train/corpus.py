@@ -193,3 +193,11 @@ def read_documents(path: str | Path, setting: str) -> list[str]:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_corpus(folder: Path, component: dict[str, Any]) -> dict[str, Any]:
+    """Run the config's `corpus` component in `folder` (rank 0); returns what it says it wrote."""
+    from llamaq.pipeline import from_rank_zero
+    from llamaq.train.model import instantiate
+
+    return from_rank_zero(lambda: instantiate(component, folder=folder, setting="corpus"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from llamaq.config import TrainingConfig
 from llamaq.errors import UserError
 from llamaq.pipeline import Run, rank, world_size
-from llamaq.tracking import Tracker, progress
+from llamaq.tracking import Tracker, progress, read_metrics
 from llamaq.train import checkpoint
 from llamaq.train.data import Batch, SampleOrder, micro_batches
 from llamaq.train.engine import TorchEngine
@@ -48,7 +48,7 @@ def train(
     """Train `model` in place on `samples`, from the newest checkpoint in `folder` if there is one.
 
     Returns:
-        Metrics for the manifest: steps, seconds, and the first and last values of the loss.
+        Metrics for the manifest (rank 0): steps, samples, and the first and last rows of metrics.jsonl.
     """
     c, device = run.config, pick_device(run.config.device)
     steps = total_steps(training, len(samples))
@@ -62,7 +62,7 @@ def train(
     engine = TorchEngine(ready_to_train(model, c, device), training, stage, steps, c, device)
     done = _restore(engine, folder, stage)
     order = SampleOrder(len(samples), c.seed)
-    first = last = {}
+    last: dict[str, float] = {}
     with (
         Tracker(c, run.id, stage, folder, done) as tracker,
         progress(range(done + 1, steps + 1), stage, steps, done, "step") as bar,
@@ -84,12 +84,13 @@ def train(
                 metrics["gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
             tracker.log(step, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", tokens_s=f"{metrics['tokens_per_second']:.0f}")
-            first, last = first or metrics, metrics
+            last = metrics
             if step % training.checkpoint_every_n_steps == 0 and step < steps:
                 checkpoint.save(folder / "checkpoints", step, *engine.state(), keep=training.keep_checkpoints)
         tracker.summary({"final_loss": last.get("loss")})
     model.eval()
-    return {"steps": steps, "samples": len(samples), "first": first, "last": last}
+    rows = read_metrics(folder / "metrics.jsonl") if rank() == 0 else []
+    return {"steps": steps, "samples": len(samples), "first": rows[0], "last": rows[-1]} if rows else {}
 
 
 def one_step(engine: TorchEngine, objective: Objective, batches: list[Batch], device: torch.device) -> dict[str, float]:

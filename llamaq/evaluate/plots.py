@@ -1,0 +1,76 @@
+"""The report's pictures. Colours are Okabe and Ito's, told apart by colour-blind readers; every axis has a unit."""
+
+from pathlib import Path
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+
+
+def _axes(width: float, height: float, columns: int = 1):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 150})
+    return plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def losses(path: Path, curves: dict[str, dict[str, tuple[list[int], list[float]]]]) -> None:
+    """One panel a stage: title → {label: (steps, values)}; the first curve of a panel is the stage's own."""
+    figure, axes = _axes(4.2 * len(curves), 3.2, len(curves))
+    for ax, (title, lines) in zip(axes[0], curves.items(), strict=True):
+        for color, (label, (steps, values)) in zip((BLUE, ORANGE, GREEN), lines.items(), strict=False):
+            ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            ax.plot(steps, _smooth(values), color=color, linewidth=1.6, label=label)
+        ax.set(title=title, xlabel="optimizer step")
+        ax.legend(frameon=False)
+    axes[0][0].set_ylabel("loss (nats a token; DPO: nats a pair)")
+    _save(figure, path)
+
+
+def _smooth(values: list[float], window: float = 0.05) -> list[float]:
+    """Centred running mean over a share of the curve."""
+    half = max(1, int(len(values) * window)) // 2
+    return [
+        sum(values[max(0, i - half) : i + half + 1]) / len(values[max(0, i - half) : i + half + 1])
+        for i in range(len(values))
+    ]
+
+
+def quality(path: Path, nll: dict[str, float], baseline: str) -> None:
+    """Held-out NLL of each step of the chain, above or below the baseline's line."""
+    figure, axes = _axes(7, 0.55 * len(nll) + 1.2)
+    ax, names = axes[0][0], list(nll)
+    colors = [GREY if "BF16" in n else RED if "PTQ" in n else BLUE for n in names]
+    ax.barh(names, list(nll.values()), color=colors)
+    low, high = min(nll.values()), max(nll.values())
+    margin = max(high - low, 1e-3)
+    ax.set_xlim(low - 0.35 * margin, high + 0.35 * margin)
+    ax.axvline(nll[baseline], color="black", linewidth=0.8, linestyle="--")
+    for i, value in enumerate(nll.values()):
+        ax.text(value + 0.01 * margin, i, f"{value:.4f}", va="center", fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel(f"held-out NLL, nats a token (lower is better; dashed: {baseline}; axis does not start at 0)")
+    _save(figure, path)
+
+
+def agreement(path: Path, kl: dict[str, float], top1: dict[str, float], reference: str) -> None:
+    """KL to and top-1 agreement with the reference, side by side."""
+    figure, axes = _axes(9, 0.45 * len(kl) + 1.2, 2)
+    for ax, values, title in ((axes[0][0], kl, f"KL({reference} ‖ model), nats a token"),
+                              (axes[0][1], top1, f"top-1 agreement with {reference}")):  # fmt: skip
+        ax.barh(list(values), list(values.values()), color=BLUE)
+        for i, value in enumerate(values.values()):
+            ax.text(value, i, f" {value:.4f}", va="center", fontsize=8)
+        ax.invert_yaxis()
+        ax.set_title(title, fontsize=10)
+        ax.margins(x=0.18)
+    axes[0][1].set_yticklabels([])
+    _save(figure, path)

@@ -1,0 +1,113 @@
+"""The report: what each step of the chain cost or won, as one markdown page a person reads top to bottom."""
+
+from pathlib import Path
+from typing import Any
+
+# model key in the evaluation → how the report calls it, in the order of the chain
+MODELS = {
+    "bf16": "BF16 start",
+    "ptq": "PTQ of the start",
+    "control": "BF16 control",
+    "ptq_control": "PTQ of the control",
+    "qat": "QAT",
+    "qat_lora": "QAT + LoRA",
+    "final": "QAT + LoRA + DPO",
+}
+HAND_OVERS = {
+    "converted": "fake-quantized → converted",
+    "executorch_eager": "fake-quantized → ExecuTorch eager",
+    "pte": "fake-quantized → .pte",
+}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A markdown table; all columns but the first are right-aligned."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+def quality_table(scores: dict[str, dict[str, float]]) -> str:
+    references = [k.removeprefix("kl/") for k in next(iter(scores.values())) if k.startswith("kl/")]
+    header = ["model", "NLL (nats/token)", "perplexity"]
+    for r in references:
+        header += [f"KL from {MODELS[r]}", f"top-1 = {MODELS[r]}"]
+    rows = []
+    for key, s in scores.items():
+        cells = [MODELS[key], f"{s['nll']:.4f}", f"{s['perplexity']:.3f}"]
+        for r in references:
+            cells += [f"{s[f'kl/{r}']:.2e}", f"{s[f'top1/{r}']:.4f}"]
+        rows.append(cells)
+    return table(header, rows)
+
+
+def hand_over_table(results: dict[str, dict[str, float]]) -> str:
+    rows = [
+        [HAND_OVERS[k], f"{r['relative_error']:.1e}", "∞" if r["relative_error"] == 0 else f"{r['sqnr_db']:.1f}",
+         f"{r['kl']:.1e}", f"{r['top1']:.4f}"]
+        for k, r in results.items()
+    ]  # fmt: skip
+    return table(["hand-over", "relative error", "SQNR (dB)", "KL (nats/token)", "top-1"], rows)
+
+
+def dpo_table(first: dict[str, Any], last: dict[str, Any]) -> str:
+    keys = [k for k in first if k == "loss" or k.startswith(("rewards/", "logprobs/"))]
+    rows = [[k, f"{first[k]:.4f}", f"{last[k]:.4f}"] for k in keys]
+    return table(["DPO metric", f"step {first['step']}", f"step {last['step']}"], rows)
+
+
+def share_lines(shares: dict[str, dict[str, float]]) -> str:
+    """What training wins of the loss that quantizing the control costs, with its interval."""
+    lines = []
+    for key, s in shares.items():
+        lines.append(
+            f"- {MODELS[key]}: **{s['share']:.2f}** (95 % interval {s['low']:.2f} to {s['high']:.2f}): "
+            f"{s['won_nats_per_token']:.4f} of {s['lost_nats_per_token']:.4f} nats a token"
+        )
+    return "\n".join(lines)
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The page, from the facts the recipe gathered."""
+    dpo = facts["dpo"]
+    parts = [
+        f"# llamaq report: {facts['name']}",
+        f"{facts['finished']} · {facts['parameters'] / 1e6:,.1f} M parameters · int4 groups of {facts['group_size']}, "
+        f"int8 embedding and head, int8 activations · adapters rank {facts['rank']} · llamaq {facts['version']}",
+        "## Quality by step of the chain",
+        f"{facts['samples']:,} held-out samples, {facts['tokens']:,} tokens scored, float32.",
+        quality_table(facts["scores"]),
+        "![quality](quality.png)",
+        "![agreement](agreement.png)",
+    ]
+    if facts["shares"]:
+        parts += [
+            "### Share of the quantization loss won back",
+            "(NLL[PTQ of the control] − NLL[model]) / (NLL[PTQ of the control] − NLL[control]), paired bootstrap over "
+            "samples. The control is the same start trained on the same data for the same steps without quantization.",
+            share_lines(facts["shares"]),
+        ]
+    parts += [
+        "## What is trained is what runs",
+        f"Logits of {facts['gate_tokens']} held-out tokens; the .pte steps through its KV cache. Gates: relative error "
+        f"≤ {facts['max_relative_error']:.0e}, top-1 ≥ {facts['min_top1']:.3f}.",
+        hand_over_table(facts["hand_overs"]),
+        f"The exported file has {facts['pte_bytes'] / 2**20:,.1f} MiB. Asked on it: *{facts['prompt']}*",
+        f"> {facts['answer']}",
+        "## Training",
+        "![losses](losses.png)",
+        table(["stage", "steps", "first loss", "last loss"], [
+            [t["stage"], str(t["steps"]), f"{t['first']:.4f}", f"{t['last']:.4f}"] for t in facts["training"]
+        ]),
+        dpo_table(dpo["first"], dpo["last"]),
+        f"{dpo['samples']} pairs; {len(dpo['skipped_pairs'])} skipped for want of room for an answer.",
+        "## Where things are",
+        table(["what", "where"], [[what, f"`{where}`"] for what, where in facts["files"].items()]),
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in facts["packages"].items()) + ".",
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def write(folder: Path, facts: dict[str, Any]) -> Path:
+    path = folder / "report.md"
+    path.write_text(render(facts), encoding="utf-8")
+    return path

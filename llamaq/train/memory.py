@@ -1,0 +1,122 @@
+"""What a run needs, said before it starts: memory of each stage and disk for the folder."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llamaq.config import Component, Config, TrainingConfig
+from llamaq.errors import UserError
+from llamaq.train.model import HEAD_CHUNK_TOKENS, instantiate, pick_device
+
+GIB = 2**30
+
+
+@dataclass
+class Shape:
+    """Counts of a decoder: all weights, those of block linears, the embedding's, and the sizes that set activations."""
+
+    weights: int
+    linears: int
+    embedding: int
+    layers: int
+    dim: int
+    hidden: int
+    heads: int
+    vocab: int
+    adapters_per_rank: int
+
+
+def shape_of(model: Component) -> Shape:
+    """Sizes of a model, from a build on the meta device: no memory."""
+    with torch.device("meta"):
+        decoder = instantiate(model, setting="model")
+    linears = [m for n, m in decoder.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
+    layer = decoder.layers[0]
+    return Shape(
+        weights=sum(p.numel() for p in decoder.parameters()),
+        linears=sum(m.weight.numel() for m in linears),
+        embedding=decoder.tok_embeddings.weight.numel(),
+        layers=len(decoder.layers),
+        dim=layer.attn.embed_dim,
+        hidden=layer.mlp.w1.out_features,
+        heads=layer.attn.num_heads,
+        vocab=decoder.tok_embeddings.num_embeddings,
+        adapters_per_rank=sum(m.in_features + m.out_features for m in linears),
+    )
+
+
+def stage_bytes(shape: Shape, training: TrainingConfig, c: Config, seq_len: int, kind: str) -> dict[str, float]:
+    """Bytes a stage holds at its peak, by what for. An estimate: allocator overhead is not in it.
+
+    Args:
+        shape: the model's counts.
+        training: the stage's settings.
+        c: the run's.
+        seq_len: tokens of the longest sample.
+        kind: qat, qat_lora or qat_dpo.
+    """
+    adapters = shape.adapters_per_rank * c.adapters.rank
+    trained = {"qat": shape.weights, "qat_lora": adapters, "qat_dpo": shape.weights + adapters}[kind]
+    tokens = training.batch_size * seq_len * (2 if kind == "qat_dpo" else 1)
+    x = 2 if c.dtype == "bf16" else 4  # bytes of an activation that a matmul reads
+    # per token and layer: 4-byte residual stream and norms, each linear's fake-quantized input, attention, SwiGLU
+    per_layer = tokens * (4 * 4 * shape.dim + x * (8 * shape.dim + 4 * shape.hidden))
+    requantized = shape.linears * x + shape.embedding * 4  # what each matmul keeps of its weight for the backward pass
+    if c.activation_checkpointing:
+        activations = shape.layers * tokens * 4 * shape.dim + per_layer
+        requantized = requantized / shape.layers + shape.embedding * 4
+    else:
+        activations = shape.layers * per_layer
+    frozen = kind == "qat_lora"
+    return {
+        "weights": (shape.linears + shape.embedding) * 1.0 + adapters * 4 if frozen else trained * 4.0,
+        "gradients and optimizer": trained * 12.0,
+        "quantized copies": requantized,
+        "activations": activations + 3 * 4.0 * min(tokens, HEAD_CHUNK_TOKENS) * shape.vocab,
+    }
+
+
+def disk_bytes(shape: Shape, c: Config) -> float:
+    """Bytes of a whole run's folder: latent weights twice, codes, the .pte, and the checkpoints of one stage."""
+    keep = max(t.keep_checkpoints for t in (c.qat, c.qat_lora, c.qat_dpo)) + 1
+    latent = shape.weights * 4.0
+    return latent * (4 if c.evaluate.control else 2) + shape.weights * 2.5 + keep * shape.weights * 12.0
+
+
+def state_plan(c: Config, seq_len: int, kinds: tuple[str, ...] = ("qat", "qat_lora", "qat_dpo")) -> str:
+    """The plan as a table, after a check that the disk will do.
+
+    Raises:
+        UserError: less free disk than the run's folder will take.
+    """
+    shape, device = shape_of(c.model), pick_device(c.device)
+    available = _memory(device)
+    rows = [f"model: {shape.weights / 1e6:,.1f} M parameters, {shape.layers} layers, vocabulary {shape.vocab:,}"]
+    for kind in kinds:
+        parts: dict[str, Any] = stage_bytes(shape, getattr(c, kind), c, seq_len, kind)
+        total = sum(parts.values())
+        detail = ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
+        warning = "   MORE THAN THERE IS: lower batch_size or set activation_checkpointing=true" * (total > available)
+        rows.append(f"{kind:>9}: about {total / GIB:6.2f} GiB of {available / GIB:.1f} on {device} ({detail}){warning}")
+    need, free = disk_bytes(shape, c), shutil.disk_usage(_existing(Path(c.output_dir))).free
+    rows.append(f"     disk: about {need / GIB:6.2f} GiB of {free / GIB:.1f} free for {c.output_dir}")
+    if need > free:
+        raise UserError(
+            f"output_dir={c.output_dir} needs about {need / GIB:.1f} GiB, {free / GIB:.1f} are free; choose another disk"
+        )
+    return "\n".join(rows)
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,148 @@
+"""Convert the trained model to integer codes in Meta's layout, and export it as a .pte for Arm CPUs.
+
+    tune run export_executorch --config llama3_2/1B_qat_lora_dpo [key=value …]        (after `tune run qat_dpo`)
+
+`convert/model/` loads in ExecuTorch (`export_llama -qat -lora 16 --preq_mode 8da4w_output_8da8w …`) and in
+llama-models; `convert/adapter/` holds the adapters for PEFT; `export/model.pte` runs on XNNPACK and KleidiAI. Every
+hand-over is measured, fake-quantized → converted → ExecuTorch's eager model → .pte, and the chain stops where a gate
+(`export.max_relative_error`, `export.min_top1_agreement`) is missed.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamaq.errors import UserError
+from llamaq.evaluate.scores import agreement
+from llamaq.export.meta import load_quantized, save_peft, save_quantized
+from llamaq.export.pte import Pte, export_pte, load_eager
+from llamaq.pipeline import Run, from_rank_zero
+from llamaq.runner import main
+from llamaq.train.data import build_dataset
+from llamaq.train.model import CausalLM, build_model
+from llamaq.train.stages import tokenizer_of, weights_of
+
+
+def final_model(run: Run, frozen: bool = False) -> CausalLM:
+    """The model after stage 3, float32 on the CPU, latent (fake-quantized) or frozen."""
+    c = run.config
+    weights = weights_of(run.path("qat_dpo"))
+    return build_model(c.model, weights, run.scheme, (c.adapters.rank, c.adapters.alpha), frozen=frozen).eval()
+
+
+def gate_tokens(run: Run) -> list[int]:
+    """Held-out tokens, as many as `export.gate_tokens` says: what the gates are measured on."""
+    c = run.config
+    samples = build_dataset(c.evaluate.dataset, tokenizer_of(c), "evaluate.dataset")
+    wanted = min(c.export.gate_tokens, c.export.max_context_length)
+    tokens: list[int] = []
+    for i in range(len(samples)):
+        tokens += list(samples[i]["tokens"])
+        if len(tokens) >= wanted:
+            break
+    return tokens[:wanted]
+
+
+def check_gate(run: Run, what: str, reference: Tensor, logits: Tensor) -> dict[str, float]:
+    """Agreement of a hand-over.
+
+    Raises:
+        UserError: it is worse than the gates allow.
+    """
+    e, result = run.config.export, agreement(reference, logits)
+    print(f"{what}: relative error {result['relative_error']:.1e}, top-1 {result['top1']:.3f}", flush=True)
+    if not result["relative_error"] <= e.max_relative_error:
+        raise UserError(
+            f"gate missed: {what} has relative error {result['relative_error']:.1e}, export.max_relative_error is "
+            f"{e.max_relative_error:.1e}: what would ship is not what was trained"
+        )
+    if result["top1"] < e.min_top1_agreement:
+        raise UserError(
+            f"gate missed: {what} has top-1 agreement {result['top1']:.4f}, export.min_top1_agreement is "
+            f"{e.min_top1_agreement:.4f}: what would ship is not what was trained"
+        )
+    return result
+
+
+@torch.no_grad()
+def convert(run: Run) -> Path:
+    """Integer codes and scales, bf16 adapters, params.json and the tokenizer; checked by reading the files back."""
+    c = run.config
+    trained = run.need("qat_dpo")
+
+    def build(folder: Path) -> dict[str, Any]:
+        latent, tokens = final_model(run), torch.tensor([gate_tokens(run)])
+        expected = latent(tokens)[0]
+        shipped = final_model(run, frozen=True)
+        save_quantized(folder / "model", shipped.decoder, run.scheme)
+        save_peft(folder / "adapter", shipped.decoder, c.adapters.rank, c.adapters.alpha)
+        for key in ("path", "special_tokens_path"):
+            if c.tokenizer.get(key):
+                name = "tokenizer.model" if key == "path" else Path(c.tokenizer[key]).name
+                shutil.copyfile(c.tokenizer[key], folder / "model" / name)
+        read_back = load_quantized(folder / "model", build_model(c.model, weights_of(trained), run.scheme).decoder)
+        eager = load_eager(folder / "model", len(tokens[0]))
+        return {
+            "converted": check_gate(run, "fake-quantized → converted", expected, CausalLM(read_back)(tokens)[0]),
+            "executorch_eager": check_gate(run, "fake-quantized → ExecuTorch eager", expected, eager(tokens)[0]),
+        }
+
+    settings = {"tokenizer": c.tokenizer, "model": c.model, "adapters": [c.adapters.rank, c.adapters.alpha]}
+    return run.stage("convert", on_rank_zero(build), settings | gate_settings(run), [trained])
+
+
+@torch.no_grad()
+def export(run: Run) -> Path:
+    """The .pte, compared with the fake-quantized model token by token, and asked a question."""
+    c = run.config
+    converted = run.need("convert")
+
+    def build(folder: Path) -> dict[str, Any]:
+        e, tokenizer, pte_file = c.export, tokenizer_of(c), folder / "model.pte"
+        print(f"exporting {pte_file.name} with ExecuTorch (about a minute for a tiny model, 15 for 1B) …", flush=True)
+        export_pte(
+            converted / "model", pte_file, e.max_seq_length, e.max_context_length,
+            eos_ids=list(tokenizer.stop_tokens), bos_id=tokenizer.bos_id,
+        )  # fmt: skip
+        pte, tokens = Pte(pte_file), gate_tokens(run)
+        result = check_gate(run, "fake-quantized → .pte", final_model(run)(torch.tensor([tokens]))[0], pte.logits(tokens))
+        prompt = prompt_tokens(tokenizer, e.prompt, e.chat)
+        answer = tokenizer.decode(pte.generate(prompt, e.max_new_tokens, list(tokenizer.stop_tokens)))
+        print(f"{e.prompt} → {answer}", flush=True)
+        return {"pte": result, "bytes": pte_file.stat().st_size, "prompt": e.prompt, "answer": answer}
+
+    settings = {"export": c.export, "tokenizer": c.tokenizer} | gate_settings(run)
+    return run.stage("export", on_rank_zero(build), settings, [converted])
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """A prompt as the model saw it in training: a user's turn and the start of the answer, or plain text."""
+    if not chat:
+        return tokenizer.encode(prompt, add_bos=True, add_eos=False)
+    from torchtune.data import Message
+
+    messages = [Message(role="user", content=prompt), Message(role="assistant", content="")]
+    return tokenizer.tokenize_messages(messages, add_end_tokens=False)[0]
+
+
+def gate_settings(run: Run) -> dict[str, Any]:
+    e = run.config.export
+    return {"gates": [e.gate_tokens, e.max_relative_error, e.min_top1_agreement], "heldout": run.config.evaluate.dataset}
+
+
+def on_rank_zero(build: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:
+    """Conversion and export are one process's work; the other ranks wait."""
+    return lambda folder: from_rank_zero(lambda: build(folder))
+
+
+def recipe(run: Run) -> None:
+    convert(run)
+    print(f"model: {export(run)}/model.pte")
+
+
+if __name__ == "__main__":
+    main(recipe, __doc__)

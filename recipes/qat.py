@@ -1,0 +1,77 @@
+"""Stage 1, QAT: supervised fine-tuning of the whole model with every weight of the scheme fake-quantized.
+
+    tune run qat --config llama3_2/1B_qat_lora_dpo [key=value …]
+    tune run --nproc_per_node 2 qat --config …
+
+Blocks train as int4 groups with int8 activations, the embedding and the tied head as int8 rows; what is saved are the
+latent float weights (`qat/model.safetensors`). Run alone it first makes what the config starts from, if the config
+says how (`corpus`, `base`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from llamaq.pipeline import Run, rank
+from llamaq.runner import main
+from llamaq.train.corpus import write_corpus
+from llamaq.train.data import build_dataset
+from llamaq.train.loop import train
+from llamaq.train.memory import state_plan
+from llamaq.train.model import build_model
+from llamaq.train.objectives import SFT
+from llamaq.train.stages import identity, save_weights, sft, start_inputs, start_weights, tokenizer_of
+
+
+def start(run: Run) -> None:
+    """Make the corpus and the BF16 model a config starts from, if it says how; else they must be there already."""
+    c = run.config
+    if c.corpus is not None:
+        corpus = c.corpus
+        run.stage("corpus", lambda folder: write_corpus(folder, corpus), {"corpus": corpus})
+    tokenizer = tokenizer_of(c)
+    if rank() == 0:
+        print(state_plan(c, tokenizer.max_seq_len or c.export.max_seq_length), flush=True)
+    if c.base is not None:
+        base(run)
+
+
+def base(run: Run) -> Path:
+    """Train a BF16 model from random weights and leave it as Meta releases its models."""
+    from llamaq.export.meta import save_float
+
+    c = run.config
+    assert c.base is not None
+    training = c.base
+
+    def build(folder: Path) -> dict[str, Any]:
+        tokenizer = tokenizer_of(c)
+        samples = build_dataset(training.dataset, tokenizer, "base.dataset")
+        model = build_model(c.model, None, scheme=None, seed=c.seed)
+        metrics = train(run, "base", folder, model, SFT(tokenizer.pad_id), training, samples)
+        if rank() == 0:
+            save_float(folder / "model", model.decoder)
+        return metrics
+
+    return run.stage("base", build, identity(c, training))
+
+
+def qat(run: Run, control: bool = False) -> Path:
+    """The stage; with `control`, the same training in full precision, which the report compares with."""
+    c, name = run.config, "control_qat" if control else "qat"
+
+    def build(folder: Path) -> dict[str, Any]:
+        model = build_model(c.model, start_weights(c), None if control else run.scheme, seed=c.seed)
+        metrics = sft(run, name, folder, model, c.qat, "qat")
+        save_weights(folder, model, backbone=True)
+        return metrics
+
+    return run.stage(name, build, identity(c, c.qat), start_inputs(c))
+
+
+def recipe(run: Run) -> None:
+    start(run)
+    print(f"latent weights: {qat(run)}/model.safetensors")
+
+
+if __name__ == "__main__":
+    main(recipe, __doc__)

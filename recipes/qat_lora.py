@@ -1,0 +1,40 @@
+"""Stage 2, LoRA: adapters on the frozen quantized backbone, supervised on the same kind of data.
+
+    tune run qat_lora --config llama3_2/1B_qat_lora_dpo [key=value …]        (after `tune run qat`)
+
+The backbone is really frozen: int4 and int8 codes with their scales, a quarter of its float size, computed once from
+stage 1's weights. The adapters sit on all seven linears of every block, are used at bf16 values, and are saved alone
+(`qat_lora/adapters.safetensors`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from llamaq.pipeline import Run
+from llamaq.runner import main
+from llamaq.train.model import build_model
+from llamaq.train.stages import identity, save_weights, sft, weights_of
+
+
+def qat_lora(run: Run, control: bool = False) -> Path:
+    """The stage; with `control`, the same on the control's full-precision backbone."""
+    c, name = run.config, "control_lora" if control else "qat_lora"
+    backbone = run.need("control_qat" if control else "qat")
+    adapters = (c.adapters.rank, c.adapters.alpha)
+
+    def build(folder: Path) -> dict[str, Any]:
+        scheme = None if control else run.scheme
+        model = build_model(c.model, weights_of(backbone), scheme, adapters, frozen=True, seed=c.seed)
+        metrics = sft(run, name, folder, model, c.qat_lora, "qat_lora")
+        save_weights(folder, model, backbone=False)
+        return metrics
+
+    return run.stage(name, build, identity(c, c.qat_lora) | {"adapters": adapters}, [backbone])
+
+
+def recipe(run: Run) -> None:
+    print(f"adapters: {qat_lora(run)}/adapters.safetensors")
+
+
+if __name__ == "__main__":
+    main(recipe, __doc__)

@@ -67,9 +67,10 @@ class ExportConfig:
     prompt: str = "Hello, who are you?"  # answered by the exported file, for the report
     chat: bool = True  # put the prompt into the chat template; false for models of plain text
     max_new_tokens: int = 48
-    gate_tokens: int = 128  # held-out tokens stepped through the .pte for the gates
-    max_relative_error: float = 1e-4  # ‖logits(.pte) − logits(fake-quantized)‖ / ‖logits(fake-quantized)‖
+    gate_tokens: int = 128  # held-out tokens the hand-overs are compared on
+    max_relative_error: float = 1e-4  # of a hand-over's logits; for the .pte of the median token's, see pte_gates
     min_top1_agreement: float = 1.0
+    max_kl: float = 1e-3  # nats a token, over gate_tokens in one context
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Config:
     """A whole run, shared by the chain and its single stages."""
 
     output_dir: str = MISSING
+    data_dir: str | None = None  # for use in other settings, as ${data_dir}
     model: Component = MISSING
     checkpoint_dir: str = MISSING  # Hugging Face or Meta folder, or a torchtune checkpoint folder
     tokenizer: Component = MISSING

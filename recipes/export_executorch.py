@@ -19,12 +19,15 @@ from torch import Tensor
 from llamaq.errors import UserError
 from llamaq.evaluate.scores import agreement
 from llamaq.export.meta import load_quantized, save_peft, save_quantized
-from llamaq.export.pte import Pte, export_pte, load_eager
+from llamaq.export.pte import Pte, check_constants, export_pte, load_eager
 from llamaq.pipeline import Run, from_rank_zero
 from llamaq.runner import main
 from llamaq.train.data import build_dataset
 from llamaq.train.model import CausalLM, build_model
 from llamaq.train.stages import tokenizer_of, weights_of
+
+
+GATE_CONTEXT = 8  # tokens of a short context: long enough for attention to matter, short enough to stay unperturbed
 
 
 def final_model(run: Run, frozen: bool = False) -> CausalLM:
@@ -47,25 +50,49 @@ def gate_tokens(run: Run) -> list[int]:
     return tokens[:wanted]
 
 
-def check_gate(run: Run, what: str, reference: Tensor, logits: Tensor) -> dict[str, float]:
-    """Agreement of a hand-over.
+def check_gate(run: Run, what: str, result: dict[str, float], *names: str) -> dict[str, float]:
+    """Hold a hand-over against the gates named: relative_error, token_error, top1 or kl.
 
     Raises:
-        UserError: it is worse than the gates allow.
+        UserError: it is worse than a gate allows.
     """
-    e, result = run.config.export, agreement(reference, logits)
-    print(f"{what}: relative error {result['relative_error']:.1e}, top-1 {result['top1']:.3f}", flush=True)
-    if not result["relative_error"] <= e.max_relative_error:
-        raise UserError(
-            f"gate missed: {what} has relative error {result['relative_error']:.1e}, export.max_relative_error is "
-            f"{e.max_relative_error:.1e}: what would ship is not what was trained"
-        )
-    if result["top1"] < e.min_top1_agreement:
-        raise UserError(
-            f"gate missed: {what} has top-1 agreement {result['top1']:.4f}, export.min_top1_agreement is "
-            f"{e.min_top1_agreement:.4f}: what would ship is not what was trained"
-        )
+    e = run.config.export
+    gates = {
+        "relative_error": ("export.max_relative_error", e.max_relative_error),
+        "token_error": ("export.max_relative_error", e.max_relative_error),
+        "kl": ("export.max_kl", e.max_kl),
+        "top1": ("export.min_top1_agreement", e.min_top1_agreement),
+    }
+    print(f"{what}: " + ", ".join(f"{n} {result[n]:.3g}" for n in names), flush=True)
+    for name in names:
+        setting, limit = gates[name]
+        if not (result[name] >= limit if name == "top1" else result[name] <= limit):
+            raise UserError(
+                f"gate missed: {what} has {name} {result[name]:.3g}, {setting} is {limit:g}: what would ship is not what "
+                "was trained"
+            )
     return result
+
+
+def pte_gates(run: Run, pte: Pte, tokens: list[int]) -> dict[str, dict[str, float]]:
+    """The .pte against the fake-quantized model: on contexts of a few tokens, and on one long context.
+
+    The two compute the same numbers up to the order of float32 sums (2e-7), until an activation falls so close to the
+    border between two int8 levels that this order decides: about once in 25 tokens for a 5 M parameter model, in every
+    token of a 1B one. That token, and through the KV cache all after it, then differs by one rounding, some 5e-3.
+    So short contexts are gated by their median token, which a wrong scale anywhere would move to 1e-2, and the long
+    context, which shows that the cache and its positions are right, by its KL.
+    """
+    model = final_model(run)
+    windows = [tokens[i : i + GATE_CONTEXT] for i in range(0, len(tokens), GATE_CONTEXT)]
+    short = [(model(torch.tensor([w]))[0], pte.logits(w)) for w in windows]
+    expected, logits = (torch.cat(side) for side in zip(*short, strict=True))
+    long = agreement(model(torch.tensor([tokens]))[0], pte.logits(tokens))
+    what = "fake-quantized → .pte"
+    return {
+        "pte": check_gate(run, f"{what}, contexts of {GATE_CONTEXT}", agreement(expected, logits), "token_error", "top1"),
+        "pte_long": check_gate(run, f"{what}, one context of {len(tokens)}", long, "kl"),
+    }
 
 
 @torch.no_grad()
@@ -87,8 +114,11 @@ def convert(run: Run) -> Path:
         read_back = load_quantized(folder / "model", build_model(c.model, weights_of(trained), run.scheme).decoder)
         eager = load_eager(folder / "model", len(tokens[0]))
         return {
-            "converted": check_gate(run, "fake-quantized → converted", expected, CausalLM(read_back)(tokens)[0]),
-            "executorch_eager": check_gate(run, "fake-quantized → ExecuTorch eager", expected, eager(tokens)[0]),
+            name: check_gate(run, f"fake-quantized → {what}", agreement(expected, logits), "relative_error", "top1")
+            for name, what, logits in (
+                ("converted", "converted", CausalLM(read_back)(tokens)[0]),
+                ("executorch_eager", "ExecuTorch eager", eager(tokens)[0]),
+            )
         }
 
     settings = {"tokenizer": c.tokenizer, "model": c.model, "adapters": [c.adapters.rank, c.adapters.alpha]}
@@ -108,12 +138,14 @@ def export(run: Run) -> Path:
             converted / "model", pte_file, e.max_seq_length, e.max_context_length,
             eos_ids=list(tokenizer.stop_tokens), bos_id=tokenizer.bos_id,
         )  # fmt: skip
-        pte, tokens = Pte(pte_file), gate_tokens(run)
-        result = check_gate(run, "fake-quantized → .pte", final_model(run)(torch.tensor([tokens]))[0], pte.logits(tokens))
+        constants = check_constants(converted / "model", pte_file)
+        print(f"{pte_file.name} holds all {constants} tensors of the checkpoint bit for bit", flush=True)
+        pte = Pte(pte_file)
+        results = pte_gates(run, pte, gate_tokens(run))
         prompt = prompt_tokens(tokenizer, e.prompt, e.chat)
         answer = tokenizer.decode(pte.generate(prompt, e.max_new_tokens, list(tokenizer.stop_tokens)))
         print(f"{e.prompt} → {answer}", flush=True)
-        return {"pte": result, "bytes": pte_file.stat().st_size, "prompt": e.prompt, "answer": answer}
+        return {"hand_overs": results, "constants": constants, "bytes": pte_file.stat().st_size, "prompt": e.prompt, "answer": answer}
 
     settings = {"export": c.export, "tokenizer": c.tokenizer} | gate_settings(run)
     return run.stage("export", on_rank_zero(build), settings, [converted])
@@ -131,7 +163,7 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 def gate_settings(run: Run) -> dict[str, Any]:
     e = run.config.export
-    return {"gates": [e.gate_tokens, e.max_relative_error, e.min_top1_agreement], "heldout": run.config.evaluate.dataset}
+    return {"gates": [e.gate_tokens, e.max_relative_error, e.min_top1_agreement, e.max_kl], "heldout": run.config.evaluate.dataset}
 
 
 def on_rank_zero(build: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:

@@ -104,14 +104,16 @@ def agreement(reference: Tensor, other: Tensor) -> dict[str, float]:
     """How far `other` logits [n, vocab] are from `reference`'s.
 
     Returns:
-        relative_error (‖difference‖ / ‖reference‖), max_abs_error, sqnr_db (infinite if equal), kl (nats a token)
-        and top1 (share of equal argmaxes).
+        relative_error (‖difference‖ / ‖reference‖ over all tokens), token_error (the median token's own),
+        max_abs_error, sqnr_db (infinite if equal), kl (nats a token) and top1 (share of equal argmaxes).
     """
     reference, other = reference.double(), other.double()
     error = float((other - reference).norm() / reference.norm())
+    by_token = (other - reference).norm(dim=-1) / reference.norm(dim=-1)
     p, q = reference.log_softmax(-1), other.log_softmax(-1)
     return {
         "relative_error": error,
+        "token_error": float(by_token.median()),
         "max_abs_error": float((other - reference).abs().max()),
         "sqnr_db": -20 * math.log10(error) if error else math.inf,
         "kl": max(0.0, float((p.exp() * (p - q)).sum(-1).mean())),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,6 +107,51 @@ def export_pte(checkpoint: Path, output: Path, max_seq_length: int, max_context_
         written.replace(output)
 
 
+def check_constants(checkpoint: Path, pte: Path) -> int:
+    """Every tensor of the checkpoint lies in the .pte bit for bit, in the form XNNPACK stores it; returns how many.
+
+    int4 codes two to a byte with 8 added, group scales as bf16, adapters and norms as float32, rows as they are
+    (executorch/backends/xnnpack/operators/node_visitor.py). This is exact where comparing logits cannot be.
+
+    Raises:
+        UserError: naming the first tensors that are not there.
+    """
+    tensors = torch.load(checkpoint / "consolidated.00.pth", mmap=True, weights_only=True)
+    wanted = {name: _stored_bytes(name, t) for name, t in tensors.items()}
+    file = np.memmap(pte, dtype=np.uint8, mode="r")
+    # constants start at multiples of 16 bytes: look their first 8 bytes up there, then compare whole
+    starts = file[: len(file) // 16 * 16].view(np.uint64)[::2]
+    first = {name: int(data[:8].view(np.uint64)[0]) for name, data in wanted.items()}
+    candidates = np.flatnonzero(np.isin(starts, np.array(list(first.values()), dtype=np.uint64)))
+    by_value: dict[int, list[int]] = {}
+    for i in candidates.tolist():
+        by_value.setdefault(int(starts[i]), []).append(i * 16)
+
+    def found(name: str) -> bool:
+        data = wanted[name]
+        return any(np.array_equal(file[at : at + len(data)], data) for at in by_value.get(first[name], []))
+
+    absent = [name for name in wanted if not found(name)]
+    if absent:
+        raise UserError(
+            f"{pte} does not hold {len(absent)} of the checkpoint's {len(wanted)} tensors bit for bit (first: "
+            f"{', '.join(absent[:3])}): the exporter changed them"
+        )
+    return len(wanted)
+
+
+def _stored_bytes(name: str, t: Tensor) -> np.ndarray:
+    in_block = name.startswith("layers.")
+    if t.dtype == torch.int8 and in_block:
+        nibbles = (t + 8).to(torch.uint8).flatten()
+        t = nibbles[1::2] << 4 | nibbles[::2]
+    elif in_block and name.endswith(".scales"):
+        t = t.bfloat16()
+    elif t.dtype != torch.int8:
+        t = t.float()
+    return t.contiguous().view(-1).view(torch.uint8).numpy()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[io.StringIO]:
     """Keep the exporter's hundreds of lines of graph and progress off the screen; yields what it printed."""
@@ -140,7 +186,7 @@ class Pte:
     def metadata(self, name: str) -> Any:
         """A constant the exporter stored, e.g. get_max_seq_len, get_bos_id, get_eos_ids."""
         values: Any = self._program.load_method(name).execute([])  # pyright: ignore[reportOptionalMemberAccess]
-        return values[0] if len(values) == 1 else list(values)
+        return list(values) if name.endswith("s") or len(values) > 1 else values[0]
 
     def reset(self) -> None:
         """Forget the KV cache; its state lives in the loaded method."""

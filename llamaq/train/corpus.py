@@ -1,8 +1,7 @@
 """Corpora made on the spot, so that the chain runs end to end without a download.
 
 `tiny_chat` writes a small chat corpus with structure to learn, preference pairs, and a tokenizer trained on it in
-Llama 3's tiktoken format. `from_text` cuts plain text (documents separated by form feeds) into the files the same
-stages read. Both are deterministic by seed, and write into the folder of the `corpus` stage.
+Llama 3's tiktoken format. `from_text` makes preference pairs of plain text (documents separated by form feeds). Both are deterministic by seed, and write into the folder of the `corpus` stage.
 """
 
 import base64
@@ -18,73 +17,80 @@ from llamaq.errors import UserError
 
 NUM_SPECIAL_TOKENS = 256
 _DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-_MONTHS = ("January February March April May June July August September October November December").split()
-_CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima",
-    "Kenya": "Nairobi", "Norway": "Oslo", "Cuba": "Havana", "Greece": "Athens", "Poland": "Warsaw", "China": "Beijing",
-    "Portugal": "Lisbon", "Austria": "Vienna", "Chile": "Santiago", "Ireland": "Dublin", "Ghana": "Accra",
-}  # fmt: skip
-_SOUNDS = {"dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars", "horse": "neighs",
-           "sheep": "bleats", "bee": "buzzes", "snake": "hisses", "owl": "hoots"}  # fmt: skip
-_WORDS = "stone river lamp paper cloud garden silver window music bread forest candle".split()
+_MONTHS = {"January": 31, "March": 31, "April": 30, "May": 31, "June": 30, "July": 31, "August": 31, "September": 30,
+           "October": 31, "November": 30, "December": 31}  # fmt: skip
+_SYLLABLES = "ba ce di fo gu ha jo ka le mi no pu ra se ti vo wa xe yo zu".split()
+_CITIES = ("Accra Athens Beijing Cairo Dublin Havana Lima Lisbon Madrid Nairobi Oslo Paris Rome Santiago Tokyo "
+           "Vienna Warsaw").split()  # fmt: skip
+_JOBS = "baker carpenter dentist farmer gardener judge miner nurse painter pilot sailor tailor teacher writer".split()
+_PETS = "bee cat cow dog duck goat hen horse lion owl parrot pig rabbit snake turtle".split()
+_COLORS = "black blue brown golden green grey orange pink purple red silver white yellow".split()
+_FACTS = {  # what is asked about a person → (questions, answer, values)
+    "city": (["Where does {} live?", "In which city is {} at home?"], "{} lives in {}.", _CITIES),
+    "job": (["What does {} do for a living?", "What is the job of {}?"], "{} is a {}.", _JOBS),
+    "pet": (["Which animal does {} keep?", "What pet has {}?"], "{} keeps a {}.", _PETS),
+    "color": (["Which color does {} like best?", "What is the favorite color of {}?"], "{} likes {}.", _COLORS),
+}
 
 
-def _question(rng: random.Random) -> tuple[str, str, str]:
+def _people(count: int, rng: random.Random) -> dict[str, dict[str, str]]:
+    """Invented people and their facts: nothing but memory helps, which is what quantization noise hurts first."""
+    names: list[str] = []
+    while len(names) < count:
+        name = "".join(rng.sample(_SYLLABLES, rng.choice([2, 3]))).capitalize()
+        if name not in names:
+            names.append(name)
+    return {name: {kind: rng.choice(values) for kind, (_, _, values) in _FACTS.items()} for name in names}
+
+
+def _question(rng: random.Random, people: dict[str, dict[str, str]]) -> tuple[str, str, str]:
     """A question, its right answer and a wrong one of the same form."""
-    kind = rng.randrange(7)
-    if kind == 0:
-        a, b = rng.randrange(1, 13), rng.randrange(1, 13)
+    kind = rng.choice([*_FACTS, *_FACTS, "sum", "difference", "day", "month"])
+    if kind in _FACTS:
+        questions, answer, values = _FACTS[kind]
+        name = rng.choice(list(people))
+        wrong = rng.choice([v for v in values if v != people[name][kind]])
+        return rng.choice(questions).format(name), answer.format(name, people[name][kind]), answer.format(name, wrong)
+    if kind == "sum":
+        a, b = rng.randrange(1, 30), rng.randrange(1, 30)
         ask = rng.choice(["What is {} plus {}?", "Add {} and {}.", "How much is {} + {}?"]).format(a, b)
-        return ask, f"{a} plus {b} is {a + b}.", f"{a} plus {b} is {a + b + rng.choice([-3, -2, -1, 1, 2, 3])}."
-    if kind == 1:
-        a, b = sorted([rng.randrange(1, 20), rng.randrange(1, 20)])
-        ask = rng.choice(["What is {} minus {}?", "Take {1} from {0}."]).format(b, a)
-        return ask, f"{b} minus {a} is {b - a}.", f"{b} minus {a} is {b - a + rng.choice([1, 2, 4])}."
-    if kind == 2:
+        return ask, f"{a} plus {b} is {a + b}.", f"{a} plus {b} is {a + b + rng.choice([-2, -1, 1, 2, 10])}."
+    if kind == "difference":
+        b, a = sorted([rng.randrange(1, 50), rng.randrange(1, 50)])
+        ask = rng.choice(["What is {} minus {}?", "Take {1} from {0}."]).format(a, b)
+        return ask, f"{a} minus {b} is {a - b}.", f"{a} minus {b} is {a - b + rng.choice([1, 2, 10])}."
+    if kind == "day":
         i, step = rng.randrange(7), rng.choice([1, -1, 2])
         words = {1: "comes after", -1: "comes before", 2: "is two days after"}[step]
         right, wrong = _DAYS[(i + step) % 7], _DAYS[(i + step + rng.randrange(1, 7)) % 7]
         return f"Which day {words} {_DAYS[i]}?", f"{right} {words} {_DAYS[i]}.", f"{wrong} {words} {_DAYS[i]}."
-    if kind == 3:
-        i, days = rng.randrange(12), [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31]
-        wrong = rng.choice([d for d in (28, 29, 30, 31, 32) if d != days[i]])
-        return f"How many days has {_MONTHS[i]}?", f"{_MONTHS[i]} has {days[i]} days.", f"{_MONTHS[i]} has {wrong} days."
-    if kind == 4:
-        country = rng.choice(list(_CAPITALS))
-        wrong = rng.choice([c for c in _CAPITALS.values() if c != _CAPITALS[country]])
-        ask = rng.choice(["What is the capital of {}?", "Name the capital of {}."]).format(country)
-        return ask, f"The capital of {country} is {_CAPITALS[country]}.", f"The capital of {country} is {wrong}."
-    if kind == 5:
-        animal = rng.choice(list(_SOUNDS))
-        wrong = rng.choice([s for s in _SOUNDS.values() if s != _SOUNDS[animal]])
-        return f"What does a {animal} do?", f"A {animal} {_SOUNDS[animal]}.", f"A {animal} {wrong}."
-    words = rng.sample(_WORDS, 3)
-    ask = f"Say these words backwards: {' '.join(words)}."
-    return ask, f"{words[2]} {words[1]} {words[0]}.", f"{words[0]} {words[2]} {words[1]}."
+    month, days = rng.choice(list(_MONTHS.items()))
+    return f"How many days has {month}?", f"{month} has {days} days.", f"{month} has {61 - days} days."
 
 
 def tiny_chat(
-    folder: Path, num_train: int = 6000, num_pairs: int = 800, num_heldout: int = 400, vocab_size: int = 768,
-    seed: int = 0,
+    folder: Path, num_train: int = 6000, num_pairs: int = 800, num_heldout: int = 400, num_people: int = 150,
+    vocab_size: int = 768, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Write train, pairs and heldout `.jsonl` (torchtune's chat and preference forms) and `tokenizer.model`.
 
-    Held-out conversations share no question text with the pairs' or the training set's conversations by chance only:
-    they are drawn from the same templates with another seed.
+    The questions are templates over arithmetic, dates and invented people; held-out conversations are other draws of
+    the same questions, so they measure what was remembered.
     """
+    people = _people(num_people, random.Random(f"{seed}-people"))
     streams = {name: random.Random(f"{seed}-{name}") for name in ("train", "pairs", "heldout")}
 
     def chat(name: str, count: int) -> list[dict[str, Any]]:
         rows = []
         for _ in range(count):
-            turns = [_question(streams[name])[:2] for _ in range(streams[name].choice([1, 1, 2, 3]))]
+            turns = [_question(streams[name], people)[:2] for _ in range(streams[name].choice([1, 1, 2, 3]))]
             rows.append({"messages": [m for ask, answer in turns for m in (_user(ask), _assistant(answer))]})
         return rows
 
     train, heldout = chat("train", num_train), chat("heldout", num_heldout)
     pairs = []
     for _ in range(num_pairs):
-        ask, right, wrong = _question(streams["pairs"])
+        ask, right, wrong = _question(streams["pairs"], people)
         pairs.append({"chosen": [_user(ask), _assistant(right)], "rejected": [_user(ask), _assistant(wrong)]})
     write_jsonl(folder / "train.jsonl", train)
     write_jsonl(folder / "heldout.jsonl", heldout)
@@ -146,21 +152,17 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def from_text(
-    folder: Path, train: str, heldout: str, num_pairs: int = 1000, prompt_words: int = 60, answer_words: int = 30,
-    seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Write train and heldout `.jsonl` (a document a line, column `text`) and `pairs.jsonl` (prompt, chosen, rejected).
+    folder: Path, source: str, num_pairs: int = 1000, prompt_words: int = 60, answer_words: int = 30, seed: int = 0
+) -> dict[str, Any]:
+    """Write `pairs.jsonl` (prompt, chosen, rejected) from a text's documents.
 
     A pair's chosen answer is the true continuation of its prompt; the rejected one is that continuation with its words
     shuffled, or another document's.
     """
     rng = random.Random(seed)
-    for name, source in (("train", train), ("heldout", heldout)):
-        documents = read_documents(source, f"corpus.{name}")
-        write_jsonl(folder / f"{name}.jsonl", [{"text": d} for d in documents])
-    words = [w for w in (d.split(" ") for d in read_documents(train, "corpus.train")) if len(w) > 200]
+    words = [w for w in (d.split(" ") for d in read_documents(source, "corpus.source")) if len(w) > 200]
     if len(words) < 2:
-        raise UserError(f"corpus.train={train}: fewer than two documents of 200 words; nothing to make pairs of")
+        raise UserError(f"corpus.source={source}: fewer than two documents of 200 words; nothing to make pairs of")
 
     def span(length: int) -> list[str]:
         document = rng.choice(words)

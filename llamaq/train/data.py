@@ -16,6 +16,7 @@ from torchtune.data import padded_collate_dpo, padded_collate_packed, padded_col
 from llamaq.config import Component
 from llamaq.errors import UserError
 from llamaq.tracking import progress
+from llamaq.train.corpus import read_documents
 from llamaq.train.model import instantiate
 
 IGNORE = -100
@@ -139,6 +140,32 @@ class TextPreferenceDataset:
 def text_preference_dataset(tokenizer: Any, source: str, split: str = "train", **kwargs: Any) -> TextPreferenceDataset:
     """Builder for the config: `source: json`, `data_files: pairs.jsonl`."""
     return TextPreferenceDataset(tokenizer, source, split=split, **kwargs)
+
+
+class TextWindows:
+    """A text file's documents (separated by form feeds) in windows of `tokenizer.max_seq_len` tokens, for evaluation.
+
+    BOS at a document's start, EOS at its end; nothing is left out and nothing is seen twice.
+    """
+
+    def __init__(self, tokenizer: Any, source: str):
+        self._windows: list[list[int]] = []
+        for document in read_documents(source, "evaluate.dataset.source"):
+            tokens = tokenizer.encode(document, add_bos=True, add_eos=True)
+            self._windows += [
+                tokens[i : i + tokenizer.max_seq_len] for i in range(0, len(tokens) - 1, tokenizer.max_seq_len)
+            ]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"tokens": self._windows[index], "labels": self._windows[index]}
+
+
+def text_windows_dataset(tokenizer: Any, source: str) -> TextWindows:
+    """Builder for the config: `source: heldout.txt`."""
+    return TextWindows(tokenizer, source)
 
 
 def usable_pairs(dataset: Any, setting: str) -> tuple[list[dict[str, list[int]]], list[int]]:

@@ -90,8 +90,8 @@ def _patch_torchtune() -> None:
     def names_too(self: Validate, args: argparse.Namespace) -> None:
         from omegaconf import OmegaConf
 
-        path = packaged_configs().get(str(args.config), args.config)
-        if not Path(path).is_file():
+        path = packaged_configs().get(str(args.config), Path(args.config))
+        if not path.is_file():
             self._parser.error(f"no config file or packaged config '{args.config}'")
         if not {"qat", "scheme", "export"}.isdisjoint(OmegaConf.load(path)):  # one of ours
             try:

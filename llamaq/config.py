@@ -281,7 +281,7 @@ def _need_component(section: Component | None, name: str) -> None:
 
 def _settings(schema: Any, prefix: str = "  ") -> str:
     lines = []
-    defaults = schema() if is_dataclass(schema) else None
+    defaults = schema()
     for f in fields(schema):
         section = next((t for t in _section_types(f.type) if is_dataclass(t)), None)
         if section is not None:

@@ -1,4 +1,4 @@
-"""What every recipe's `main` does: read the settings, join the process group, run, and turn user errors into one line."""
+"""What every recipe's `main` does: read settings, join the process group, run, print user errors on one line."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from llamaq.errors import UserError
 from llamaq.pipeline import Run, rank
 
 
-def main(recipe: Callable[[Run], None], usage: str) -> None:
+def main(recipe: Callable[[Run], None], usage: str | None) -> None:
     """Run a recipe with the settings on the command line; exits with 1 and one line on a user's error.
 
     Args:
@@ -19,7 +19,7 @@ def main(recipe: Callable[[Run], None], usage: str) -> None:
         usage: the recipe's docstring, shown by --help.
     """
     try:
-        config = load(*parse_arguments(sys.argv[1:], usage))
+        config = load(*parse_arguments(sys.argv[1:], usage or ""))
         _join_process_group(config.device)
         recipe(Run(config))
     except UserError as e:

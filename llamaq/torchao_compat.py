@@ -5,39 +5,15 @@ and the names under which fake quantizers are configured. This module puts the n
 implementations, before the first `import torchtune`. Importing it is enough; doing so twice does nothing.
 
 What each name is needed for (torchtune 0.6.1 file):
-    torchao.dtypes.nf4tensor               modules/common_utils.py, modules/peft/{lora,dora}.py, training/_distributed.py, …
+    torchao.dtypes.nf4tensor               modules/common_utils.py, modules/peft/{lora,dora}.py, and others
     torchao.dtypes.TensorCoreTiledLayout   training/quantization.py
     torchao.quantization.int4_weight_only, .int8_dynamic_activation_int4_weight    training/quantization.py
     qat.api.FakeQuantizeConfig, qat.fake_quantizer.FakeQuantizer                   modules/peft/lora.py (QATLoRALinear)
 """
 
 import importlib
-import logging
 import sys
 from typing import Any
-
-# Printed on every import on a machine without those GPU kernels, whoever imports torchao; they change nothing here.
-_HARMLESS = {
-    "torchao": "Failed to load ",  # CUDA-only extension libraries, absent or unloadable on a CPU
-    "torch.utils._pytree": "<enum 'KernelPreference'>",  # torchao registers an enum torch now knows by itself
-}
-
-
-def quiet_known_import_noise() -> None:
-    """Drop the log lines of `_HARMLESS` by logger and first words; every other message still comes through."""
-    for name, prefix in _HARMLESS.items():
-        logger = logging.getLogger(name)
-        if not any(getattr(f, "llamaq_prefix", None) == prefix for f in logger.filters):
-            logger.addFilter(_PrefixFilter(prefix))
-
-
-class _PrefixFilter(logging.Filter):
-    def __init__(self, prefix: str):
-        super().__init__()
-        self.llamaq_prefix = prefix
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.llamaq_prefix)
 
 
 def _int8_dynamic_activation_int4_weight(group_size: int = 32, **_: Any) -> Any:
@@ -45,7 +21,8 @@ def _int8_dynamic_activation_int4_weight(group_size: int = 32, **_: Any) -> Any:
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig
     from torchao.quantization.granularity import PerGroup
 
-    return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(group_size))
+    int4: Any = vars(torch)["int4"]  # torch's stubs do not list it
+    return Int8DynamicActivationIntxWeightConfig(weight_dtype=int4, weight_granularity=PerGroup(group_size))
 
 
 def _int4_weight_only(group_size: int = 128, **_: Any) -> Any:
@@ -63,7 +40,6 @@ class _TensorCoreTiledLayout:
 
 def install() -> None:
     """Put the names back. Safe to call more than once."""
-    quiet_known_import_noise()
     if "torchao.dtypes.nf4tensor" in sys.modules:
         return
     import torchao.dtypes

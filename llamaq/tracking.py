@@ -69,7 +69,7 @@ class Tracker:
         if self._wandb:
             import wandb
 
-            self._wandb.log({name: wandb.Table(columns=columns, data=rows)})
+            self._wandb.log({name: wandb.Table(columns=list[Any](columns), data=list[Any](rows))})
 
     def image(self, name: str, path: Path) -> None:
         if self._wandb:

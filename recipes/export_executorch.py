@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llamaq.errors import UserError
 from llamaq.evaluate.scores import agreement
@@ -25,7 +24,6 @@ from llamaq.runner import main
 from llamaq.train.data import build_dataset
 from llamaq.train.model import CausalLM, build_model
 from llamaq.train.stages import tokenizer_of, weights_of
-
 
 GATE_CONTEXT = 8  # tokens of a short context: long enough for attention to matter, short enough to stay unperturbed
 
@@ -68,8 +66,8 @@ def check_gate(run: Run, what: str, result: dict[str, float], *names: str) -> di
         setting, limit = gates[name]
         if not (result[name] >= limit if name == "top1" else result[name] <= limit):
             raise UserError(
-                f"gate missed: {what} has {name} {result[name]:.3g}, {setting} is {limit:g}: what would ship is not what "
-                "was trained"
+                f"gate missed: {what} has {name} {result[name]:.3g}, {setting} is {limit:g}: what would ship is not "
+                "what was trained"
             )
     return result
 
@@ -90,7 +88,9 @@ def pte_gates(run: Run, pte: Pte, tokens: list[int]) -> dict[str, dict[str, floa
     long = agreement(model(torch.tensor([tokens]))[0], pte.logits(tokens))
     what = "fake-quantized → .pte"
     return {
-        "pte": check_gate(run, f"{what}, contexts of {GATE_CONTEXT}", agreement(expected, logits), "token_error", "top1"),
+        "pte": check_gate(
+            run, f"{what}, contexts of {GATE_CONTEXT}", agreement(expected, logits), "token_error", "top1"
+        ),
         "pte_long": check_gate(run, f"{what}, one context of {len(tokens)}", long, "kl"),
     }
 
@@ -145,7 +145,13 @@ def export(run: Run) -> Path:
         prompt = prompt_tokens(tokenizer, e.prompt, e.chat)
         answer = tokenizer.decode(pte.generate(prompt, e.max_new_tokens, list(tokenizer.stop_tokens)))
         print(f"{e.prompt} → {answer}", flush=True)
-        return {"hand_overs": results, "constants": constants, "bytes": pte_file.stat().st_size, "prompt": e.prompt, "answer": answer}
+        return {
+            "hand_overs": results,
+            "constants": constants,
+            "bytes": pte_file.stat().st_size,
+            "prompt": e.prompt,
+            "answer": answer,
+        }
 
     settings = {"export": c.export, "tokenizer": c.tokenizer} | gate_settings(run)
     return run.stage("export", on_rank_zero(build), settings, [converted])
@@ -163,7 +169,10 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 def gate_settings(run: Run) -> dict[str, Any]:
     e = run.config.export
-    return {"gates": [e.gate_tokens, e.max_relative_error, e.min_top1_agreement, e.max_kl], "heldout": run.config.evaluate.dataset}
+    return {
+        "gates": [e.gate_tokens, e.max_relative_error, e.min_top1_agreement, e.max_kl],
+        "heldout": run.config.evaluate.dataset,
+    }
 
 
 def on_rank_zero(build: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:

@@ -42,11 +42,11 @@ def quality_table(scores: dict[str, dict[str, float]]) -> str:
 
 
 def hand_over_table(results: dict[str, dict[str, float]]) -> str:
-    rows = [
-        [HAND_OVERS[k], f"{r['relative_error']:.1e}", f"{r['token_error']:.1e}", "∞" if r["relative_error"] == 0 else f"{r['sqnr_db']:.1f}",
-         f"{r['kl']:.1e}", f"{r['top1']:.4f}"]
-        for k, r in results.items()
-    ]  # fmt: skip
+    rows = []
+    for key, r in results.items():
+        sqnr = "∞" if r["relative_error"] == 0 else f"{r['sqnr_db']:.1f}"
+        errors = [f"{r['relative_error']:.1e}", f"{r['token_error']:.1e}"]
+        rows.append([HAND_OVERS[key], *errors, sqnr, f"{r['kl']:.1e}", f"{r['top1']:.4f}"])
     return table(["hand-over", "relative error", "median token's", "SQNR (dB)", "KL (nats/token)", "top-1"], rows)
 
 
@@ -89,11 +89,11 @@ def render(facts: dict[str, Any]) -> str:
         ]
     parts += [
         "## What is trained is what runs",
-        f"All {facts['constants']} tensors of the checkpoint (codes, scales, adapters, norms) lie in the .pte bit for bit. "
-        f"Logits of {facts['gate_tokens']} held-out tokens, the .pte stepping through its KV cache; gates: relative error "
-        f"≤ {facts['max_relative_error']:.0e} (for the .pte the median token's, since one activation rounded to the "
-        f"neighbouring int8 level moves its token by some 5e-3), top-1 ≥ {facts['min_top1']:.3f}, KL of the one long "
-        f"context ≤ {facts['max_kl']:.0e}.",
+        f"All {facts['constants']} tensors of the checkpoint (codes, scales, adapters, norms) lie in the .pte bit for "
+        f"bit. Logits of {facts['gate_tokens']} held-out tokens, the .pte stepping through its KV cache; gates: "
+        f"relative error ≤ {facts['max_relative_error']:.0e} (for the .pte the median token's: one activation rounded "
+        f"to the neighbouring int8 level moves its token by some 5e-3), top-1 ≥ {facts['min_top1']:.3f}, KL of the one "
+        f"long context ≤ {facts['max_kl']:.0e}.",
         hand_over_table(facts["hand_overs"]),
         f"The exported file has {facts['pte_bytes'] / 2**20:,.1f} MiB. Asked on it: *{facts['prompt']}*",
         f"> {facts['answer']}",

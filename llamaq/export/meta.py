@@ -74,7 +74,7 @@ def quantized_state_dict(decoder: nn.Module) -> dict[str, Tensor]:
     assert isinstance(embedding, FrozenEmbedding), "the embedding is not frozen"
     for key in ("tok_embeddings", "output"):
         tensors[f"{key}.weight"], tensors[f"{key}.scales"] = embedding.codes, embedding.scales
-    return {k: v.detach().cpu().contiguous() for k, v in (norms | tensors).items()}
+    return {k: v.detach().contiguous() for k, v in (norms | tensors).items()}
 
 
 def load_quantized(folder: Path, decoder: Any) -> Any:
@@ -94,7 +94,10 @@ def load_quantized(folder: Path, decoder: Any) -> Any:
     for layer in range(params["n_layers"]):
         state |= {f"layers.{layer}.{ours}": tensors[f"layers.{layer}.{meta}"] for ours, meta in _META_NORMS.items()}
     state["norm.scale"] = tensors["norm.weight"]
-    state |= {"tok_embeddings.codes": tensors["tok_embeddings.weight"], "tok_embeddings.scales": tensors["tok_embeddings.scales"]}
+    state |= {
+        "tok_embeddings.codes": tensors["tok_embeddings.weight"],
+        "tok_embeddings.scales": tensors["tok_embeddings.scales"],
+    }
     decoder.load_state_dict(state)
     return decoder
 
@@ -116,7 +119,7 @@ def shipped_adapter(adapter: Adapter) -> tuple[Tensor, Tensor]:
 
 def _bf16_if_exact(p: Tensor) -> Tensor:
     rounded = p.detach().bfloat16()
-    return rounded if torch.equal(rounded.float(), p.detach().float()) else p.detach().float()
+    return rounded if p.is_meta or torch.equal(rounded.float(), p.detach().float()) else p.detach().float()
 
 
 def _meta_name(name: str) -> str:
@@ -200,7 +203,7 @@ def save_float(folder: Path, decoder: Any, dtype: torch.dtype = torch.bfloat16) 
 def save_pth(path: Path, tensors: dict[str, Tensor]) -> None:
     with naming_full_disk(str(path)):
         try:
-            torch.save(tensors, path)
+            torch.save({k: v.cpu() for k, v in tensors.items()}, path)
         except RuntimeError as e:  # torch's zip writer hides the operating system's error
             raise OSError(28, f"{path}: {e}") if "write" in str(e) else e from e
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llamaq.errors import UserError
+from llamaq.noise import without_native_noise
 
 # buffers of ExecuTorch's model that no checkpoint holds: zero points are 0, caches and tables are made at load
 _NOT_IN_CHECKPOINT = (".zeros", "kv_cache.k_cache", "kv_cache.v_cache", "mask", "freqs_cos", "freqs_sin")
@@ -157,7 +158,7 @@ def quiet() -> Iterator[io.StringIO]:
     """Keep the exporter's hundreds of lines of graph and progress off the screen; yields what it printed."""
     printed = io.StringIO()
     level = logging.root.manager.disable
-    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings(), without_native_noise():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
@@ -174,14 +175,14 @@ class Pte:
             raise UserError(f"{path}: no such .pte; run export first")
         os.environ.setdefault("ET_LOG_LEVEL", "Error")
         with quiet():
-            import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers llama::custom_sdpa …)
+            import executorch.extension.llm.custom_ops.custom_ops
             import executorch.kernels.quantized  # noqa: F401  (registers embedding_byte …)
             from executorch.runtime import Runtime
 
             self._program = Runtime.get().load_program(path)
+            self.reset()
         self.max_seq_length = self.metadata("get_max_seq_len")
         self.max_context_length = self.metadata("get_max_context_len")
-        self.reset()
 
     def metadata(self, name: str) -> Any:
         """A constant the exporter stored, e.g. get_max_seq_len, get_bos_id, get_eos_ids."""

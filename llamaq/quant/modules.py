@@ -70,9 +70,9 @@ class QuantizedLinear(nn.Module):
 class LatentLinear(QuantizedLinear):
     """Float weight [out, in], fake-quantized on every forward pass."""
 
-    def __init__(self, weight: nn.Parameter, fmt: WeightFormat | None):
+    def __init__(self, weight: Tensor, fmt: WeightFormat | None):
         super().__init__(weight.shape[1], weight.shape[0], fmt)
-        self.weight = weight
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
 
     def quantized_weight(self) -> Tensor:
         return fake_quantize(self.weight, self.fmt) if self.fmt else self.weight
@@ -97,10 +97,10 @@ class FrozenLinear(QuantizedLinear):
 class LatentEmbedding(nn.Module):
     """Embedding [vocab, dim] with int8 rows. Only the rows looked up are fake-quantized: a row has its own scale."""
 
-    def __init__(self, weight: nn.Parameter, fmt: WeightFormat | None):
+    def __init__(self, weight: Tensor, fmt: WeightFormat | None):
         super().__init__()
         self.fmt = fmt
-        self.weight = weight
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
 
     def quantized_weight(self) -> Tensor:
         return fake_quantize(self.weight, self.fmt) if self.fmt else self.weight

@@ -95,7 +95,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         assert isinstance(linear, LatentLinear) and linear.fmt is None, "merging needs full-precision weights"
         if linear.adapter is not None:
             a, b = (t.bfloat16().float() for t in (linear.adapter.a, linear.adapter.b))
-            linear.weight += linear.adapter.scale * (b @ a)
+            linear.weight.add_(linear.adapter.scale * (b @ a))
             linear.adapter = None
     return model
 

@@ -77,11 +77,10 @@ class Scheme:
 
 def choose_scales(w: Tensor, fmt: WeightFormat) -> Tensor:
     """Scales of a weight [out, in]: float32 [out, in / group_size] (or [out, 1] for whole rows)."""
-    # out-of-place bf16 rounding is exact to undo: every bf16 value is a float32 value
     scales, _ = choose_qparams_affine(
         w.detach().float(),
         MappingType.SYMMETRIC,
-        fmt.block(w),
+        fmt.block(w),  # pyright: ignore[reportArgumentType]  (annotated Tuple[int], takes any)
         torch.int8,
         fmt.qmin,
         fmt.qmax,

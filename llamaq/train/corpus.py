@@ -1,7 +1,8 @@
 """Corpora made on the spot, so that the chain runs end to end without a download.
 
 `tiny_chat` writes a small chat corpus with structure to learn, preference pairs, and a tokenizer trained on it in
-Llama 3's tiktoken format. `from_text` makes preference pairs of plain text (documents separated by form feeds). Both are deterministic by seed, and write into the folder of the `corpus` stage.
+Llama 3's tiktoken format. `from_text` makes preference pairs of plain text (documents separated by form feeds). Both
+are deterministic by seed, and write into the folder of the `corpus` stage.
 """
 
 import base64
@@ -19,12 +20,16 @@ NUM_SPECIAL_TOKENS = 256
 _DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 _MONTHS = {"January": 31, "March": 31, "April": 30, "May": 31, "June": 30, "July": 31, "August": 31, "September": 30,
            "October": 31, "November": 30, "December": 31}  # fmt: skip
-_SYLLABLES = "ba ce di fo gu ha jo ka le mi no pu ra se ti vo wa xe yo zu".split()
-_CITIES = ("Accra Athens Beijing Cairo Dublin Havana Lima Lisbon Madrid Nairobi Oslo Paris Rome Santiago Tokyo "
-           "Vienna Warsaw").split()  # fmt: skip
-_JOBS = "baker carpenter dentist farmer gardener judge miner nurse painter pilot sailor tailor teacher writer".split()
-_PETS = "bee cat cow dog duck goat hen horse lion owl parrot pig rabbit snake turtle".split()
-_COLORS = "black blue brown golden green grey orange pink purple red silver white yellow".split()
+_SYLLABLES = "ba ce di fo gu ha jo ka le mi no pu ra se ti vo wa xe yo zu".split()  # noqa: SIM905
+_CITIES = """
+    Accra Athens Beijing Cairo Dublin Havana Lima Lisbon Madrid Nairobi Oslo Paris Rome Santiago Tokyo Vienna
+    Warsaw
+""".split()  # noqa: SIM905
+_JOBS = """
+    baker carpenter dentist farmer gardener judge miner nurse painter pilot sailor tailor teacher writer
+""".split()  # noqa: SIM905
+_PETS = "bee cat cow dog duck goat hen horse lion owl parrot pig rabbit snake turtle".split()  # noqa: SIM905
+_COLORS = "black blue brown golden green grey orange pink purple red silver white yellow".split()  # noqa: SIM905
 _FACTS = {  # what is asked about a person → (questions, answer, values)
     "city": (["Where does {} live?", "In which city is {} at home?"], "{} lives in {}.", _CITIES),
     "job": (["What does {} do for a living?", "What is the job of {}?"], "{} is a {}.", _JOBS),
@@ -131,7 +136,9 @@ def train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None
         raise UserError(f"the corpus yields {len(vocab)} tokens, corpus.vocab_size={vocab_size} wants {num_ranks}")
     to_byte = _byte_of_character()
     ranked = sorted(vocab, key=vocab.__getitem__)
-    lines = [f"{base64.b64encode(bytes(to_byte[c] for c in token)).decode()} {rank}\n" for rank, token in enumerate(ranked)]
+    lines = [
+        f"{base64.b64encode(bytes(to_byte[c] for c in token)).decode()} {rank}\n" for rank, token in enumerate(ranked)
+    ]
     (folder / "tokenizer.model").write_text("".join(lines))
     write_special_tokens(folder / "special_tokens.json", num_ranks)
 

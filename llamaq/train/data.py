@@ -169,7 +169,7 @@ def text_windows_dataset(tokenizer: Any, source: str) -> TextWindows:
 
 
 def usable_pairs(dataset: Any, setting: str) -> tuple[list[dict[str, list[int]]], list[int]]:
-    """Tokenized preference pairs with room for both answers, and the indices of the others.
+    """Tokenized preference pairs with room for both answers (and their `index` among these), and the others' indices.
 
     A prompt as long as `tokenizer.max_seq_len` leaves no answer to score: torchtune would train on it silently, with
     a loss of ln 2 and no gradient.
@@ -180,8 +180,10 @@ def usable_pairs(dataset: Any, setting: str) -> tuple[list[dict[str, list[int]]]
     pairs, skipped = [], []
     for i in progress(range(len(dataset)), "tokenizing pairs", unit="pair"):
         pair = dataset[i]
-        room = all(any(label != IGNORE for label in pair[f"{side}_labels"][1:]) for side in ("chosen", "rejected"))
-        pairs.append(pair) if room else skipped.append(i)
+        if all(any(label != IGNORE for label in pair[f"{side}_labels"][1:]) for side in ("chosen", "rejected")):
+            pairs.append(pair | {"index": len(pairs)})
+        else:
+            skipped.append(i)
     if skipped:
         print(
             f"{setting}: skipping {len(skipped)} of {len(dataset)} pairs whose prompt leaves no room for an answer "

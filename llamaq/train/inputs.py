@@ -34,7 +34,7 @@ def load_checkpoint(folder: str | Path, decoder: nn.Module) -> StateDict:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"checkpoint_dir={folder} is not a folder; give the folder that holds the checkpoint's files")
-    attn = decoder.layers[0].attn  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    attn: Any = decoder.get_submodule("layers.0.attn")
     if (folder / "consolidated.00.pth").is_file():
         tensors = _to_tune(meta_to_tune, _read_pickle(folder / "consolidated.00.pth"), folder)
     elif (folder / "config.json").is_file():
@@ -142,7 +142,10 @@ def _checked(tensors: StateDict, decoder: nn.Module, folder: Path) -> StateDict:
         raise UserError(f"{folder}: {key} has shape {got}, the model of this config {want}{hint}; choose its config")
     missing, left_over = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or left_over:
-        parts = [f"{len(keys)} {what} (first: {keys[0]})" for what, keys in
-                 (("keys missing", missing), ("keys not of this model", left_over)) if keys]
+        parts = [
+            f"{len(keys)} {what} (first: {keys[0]})"
+            for what, keys in (("keys missing", missing), ("keys not of this model", left_over))
+            if keys
+        ]
         raise UserError(f"{folder} does not fit the model of this config: {', '.join(parts)}; choose its config")
     return {k: v.float() for k, v in tensors.items()}

@@ -83,7 +83,9 @@ def train(
             if device.type == "cuda":
                 metrics["gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
             tracker.log(step, metrics)
-            bar.set_postfix(loss=f"{metrics['loss']:.4f}", tokens_s=f"{metrics['tokens_per_second']:.0f}", refresh=False)
+            bar.set_postfix(
+                loss=f"{metrics['loss']:.4f}", tokens_s=f"{metrics['tokens_per_second']:.0f}", refresh=False
+            )
             last = metrics
             if step % training.checkpoint_every_n_steps == 0 and step < steps:
                 checkpoint.save(folder / "checkpoints", step, *engine.state(), keep=training.keep_checkpoints)

@@ -107,7 +107,7 @@ def state_plan(c: Config, seq_len: int, kinds: tuple[str, ...] = ("qat", "qat_lo
     rows.append(f"     disk: about {need / GIB:6.2f} GiB of {free / GIB:.1f} free for {c.output_dir}")
     if need > free:
         raise UserError(
-            f"output_dir={c.output_dir} needs about {need / GIB:.1f} GiB, {free / GIB:.1f} are free; choose another disk"
+            f"output_dir={c.output_dir} needs about {need / GIB:.1f} GiB, {free / GIB:.1f} are free; use another disk"
         )
     return "\n".join(rows)
 

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchtune import config as torchtune_config
+from torchtune.config._errors import InstantiationError
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from llamaq.config import Component, Config
@@ -21,7 +22,7 @@ HEAD_CHUNK_TOKENS = 1024  # logits exist for this many positions at a time: 0.5 
 
 
 def instantiate(component: Component, *args: Any, setting: str, **kwargs: Any) -> Any:
-    """torchtune's `config.instantiate`, with errors that name the setting.
+    """Torchtune's `config.instantiate`, with errors that name the setting.
 
     Raises:
         UserError: no such component, or arguments it does not take.
@@ -33,7 +34,7 @@ def instantiate(component: Component, *args: Any, setting: str, **kwargs: Any) -
         raise
     except FileNotFoundError as e:
         raise UserError(f"{setting}: {name}: no such file: {e.filename or e}") from e
-    except (ImportError, AttributeError, torchtune_config._errors.InstantiationError) as e:
+    except (ImportError, AttributeError, InstantiationError) as e:
         raise UserError(f"{setting}._component_={name}: {e}") from e
     except TypeError as e:
         raise UserError(f"{setting}: {name} was called with wrong arguments: {e}") from e

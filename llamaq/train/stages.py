@@ -87,5 +87,3 @@ def loss_curve(folder: Path, key: str = "loss") -> tuple[list[int], list[float]]
     """Steps and values of one metric of a finished training stage."""
     rows = [r for r in read_metrics(folder / "metrics.jsonl") if r.get(key) is not None]
     return [r["step"] for r in rows], [r[key] for r in rows]
-
-

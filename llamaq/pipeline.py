@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 
@@ -166,6 +166,7 @@ class Run:
         self.folder = Path(config.output_dir)
         self.executed: list[str] = []  # stages that ran in this process, for tests and the closing line
         self._verified: dict[str, dict[str, Any]] = {}
+        self._lock: IO[str] | None = None
         from_rank_zero(self._open)
 
     def _open(self) -> None:
@@ -198,6 +199,11 @@ class Run:
 
     def _start(self) -> str:
         return "a model trained here" if self.config.base else str(Path(self.config.checkpoint_dir).absolute())
+
+    def close(self) -> None:
+        """Let another process use the folder; leaving the process does the same."""
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def id(self) -> str:

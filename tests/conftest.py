@@ -1,0 +1,68 @@
+"""Tiny models and runs shared by the tests. Everything is real: torchtune, torchao, ExecuTorch, offline W&B."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from llamaq import torchao_compat  # noqa: F401, E402
+from llamaq.config import Config, load  # noqa: E402
+from llamaq.quant.scheme import Scheme  # noqa: E402
+from llamaq.train.model import CausalLM, build_decoder, build_model  # noqa: E402
+
+MODEL = {
+    "_component_": "torchtune.models.llama3_2.llama3_2", "vocab_size": 768, "num_layers": 2, "num_heads": 4,
+    "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 256, "max_seq_len": 256, "rope_base": 500000,
+    "scale_factor": 32,
+}  # fmt: skip
+ADAPTERS = (16, 32.0)
+
+# small enough for seconds a stage; the corpus and the tokenizer are the tiny config's own
+SMALL = [
+    "wandb.mode=disabled", "corpus.num_train=120", "corpus.num_pairs=40", "corpus.num_heldout=12", "corpus.num_people=60",
+    "corpus.vocab_size=640", "model.vocab_size=640", "model.num_layers=1", "model.embed_dim=64", "model.num_heads=2",
+    "model.num_kv_heads=1", "model.intermediate_dim=128", "tokenizer.max_seq_len=96",
+    *[f"{s}.max_steps=6" for s in ("base", "qat", "qat_lora", "qat_dpo")],
+    *[f"{s}.batch_size=4" for s in ("base", "qat", "qat_lora", "qat_dpo")],
+    *[f"{s}.global_batch_size=8" for s in ("base", "qat", "qat_lora", "qat_dpo")],
+    *[f"{s}.checkpoint_every_n_steps=2" for s in ("base", "qat", "qat_lora", "qat_dpo")],
+    "qat.epochs=4",
+    "qat_lora.epochs=4",
+    "qat_dpo.epochs=4",
+    "qat_dpo.optimizer.lr=1e-3", "export.gate_tokens=32",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_config(tmp_path: Path) -> Config:
+    return small(tmp_path / "run")
+
+
+def small(folder: Path, *overrides: str) -> Config:
+    return load("tiny", [*SMALL, f"output_dir={folder}", *overrides])
+
+
+def random_weights(model: dict = MODEL) -> dict[str, torch.Tensor]:
+    """Weights of a decoder with norms that are not all ones."""
+    weights = {k: v.detach().clone() for k, v in build_decoder(model).state_dict().items()}
+    return {k: torch.rand_like(v) + 0.5 if "norm" in k else v for k, v in weights.items()}
+
+
+def trained_like(scheme: Scheme | None = None, frozen: bool = False, weights: dict | None = None) -> CausalLM:
+    """A model with adapters that do something; the same weights give the same model, latent or frozen."""
+    if weights is None:
+        weights = random_weights()
+        latent = build_model(MODEL, weights, scheme, ADAPTERS)
+        weights = dict(latent.decoder.state_dict())
+        for key in weights:
+            if key.endswith("adapter.b"):
+                weights[key] = torch.randn_like(weights[key]) * 0.02
+    return build_model(MODEL, weights, scheme, ADAPTERS, frozen=frozen).eval()

@@ -6,13 +6,14 @@ schedules, losses); its other keys are that function's own.
 """
 
 import difflib
+import math
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from llamaq.errors import UserError
 
@@ -39,7 +40,7 @@ class TrainingConfig:
     """One training stage."""
 
     dataset: Component = MISSING
-    optimizer: Component = field(default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 1e-5})
+    optimizer: Component = MISSING
     lr_scheduler: Component | None = None  # called with (optimizer, num_training_steps=…)
     batch_size: int = 1  # sequences (or preference pairs) in one forward pass of one rank
     global_batch_size: int = 16  # … in one optimizer step of all ranks together
@@ -55,7 +56,7 @@ class TrainingConfig:
 class DPOConfig(TrainingConfig):
     """The preference stage; `loss` gets (policy_chosen, policy_rejected, reference_chosen, reference_rejected)."""
 
-    loss: Component = field(default_factory=lambda: {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1})
+    loss: Component = MISSING
 
 
 @dataclass
@@ -190,6 +191,8 @@ def resolve(raw: DictConfig, source: str = "config") -> Config:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw))
     except OmegaConfBaseException as e:
         key = getattr(e, "full_key", None) or ""
+        if isinstance(e, MissingMandatoryValue):
+            raise UserError(f"{source}: setting '{key}' is required and has no value") from e
         raise UserError(f"{source}: {key}: {str(e).splitlines()[0]}") from e
     assert isinstance(config, Config)
     _check_values(config)
@@ -205,9 +208,21 @@ def _override(raw: DictConfig, item: str) -> None:
         del node[key]
         return
     try:
+        _own_what_is_referred_to(raw, item.split("=", 1)[0])
         raw.merge_with_dotlist([item])
     except Exception as e:
         raise UserError(f"cannot apply '{item}': {str(e).splitlines()[0]}") from e
+
+
+def _own_what_is_referred_to(raw: DictConfig, key: str) -> None:
+    """Copy sections on the way to `key` that are references (`dataset: ${qat.dataset}`): then a part can change."""
+    path = key.split(".")
+    for i in range(1, len(path)):
+        prefix, parent = ".".join(path[:i]), OmegaConf.select(raw, ".".join(path[: i - 1])) if i > 1 else raw
+        node = parent._get_node(path[i - 1]) if isinstance(parent, DictConfig) else None
+        if node is not None and node._is_interpolation():
+            section = OmegaConf.to_container(OmegaConf.select(raw, prefix), resolve=False)
+            OmegaConf.update(raw, prefix, section, force_add=True)
 
 
 def _check_keys(node: DictConfig, schema: Any, prefix: str, source: str) -> None:
@@ -240,7 +255,11 @@ def _check_values(c: Config) -> None:
     sizes = (32, 64, 128, 256)
     need(c.scheme.group_size in sizes, f"scheme.group_size={c.scheme.group_size}: ExecuTorch takes {sizes}")
     need(c.adapters.rank >= 2, f"adapters.rank={c.adapters.rank}: ExecuTorch's loader needs 2 or more")
-    need(c.adapters.alpha > 0, f"adapters.alpha={c.adapters.alpha}: must be above 0")
+    need(
+        c.adapters.alpha > 0 and math.frexp(c.adapters.alpha / c.adapters.rank)[0] == 0.5,
+        f"adapters.alpha={c.adapters.alpha}, adapters.rank={c.adapters.rank}: ExecuTorch fixes alpha / rank at 2, and "
+        "only another power of two can be folded into bf16 weights exactly; choose alpha = 2 · rank",
+    )
     modes = (None, "online", "offline", "disabled")
     need(c.wandb.mode in modes, f"wandb.mode={c.wandb.mode}: choose online, offline or disabled")
     need(

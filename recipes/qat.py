@@ -16,9 +16,9 @@ from llamaq.runner import main
 from llamaq.train.corpus import write_corpus
 from llamaq.train.data import build_dataset
 from llamaq.train.loop import train
-from llamaq.train.memory import state_plan
 from llamaq.train.model import build_model
 from llamaq.train.objectives import SFT
+from llamaq.train.preflight import preflight
 from llamaq.train.stages import identity, save_weights, sft, start_inputs, start_weights, tokenizer_of
 
 
@@ -28,9 +28,9 @@ def start(run: Run) -> None:
     if c.corpus is not None:
         corpus = c.corpus
         run.stage("corpus", lambda folder: write_corpus(folder, corpus), {"corpus": corpus})
-    tokenizer = tokenizer_of(c)
+    plan = preflight(c)
     if rank() == 0:
-        print(state_plan(c, tokenizer.max_seq_len or c.export.max_seq_length), flush=True)
+        print(plan, flush=True)
     if c.base is not None:
         base(run)
 

@@ -8,10 +8,10 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from llamaq import torchao_compat  # noqa: F401, E402
-from llamaq.config import Config, load  # noqa: E402
-from llamaq.quant.scheme import Scheme  # noqa: E402
-from llamaq.train.model import CausalLM, build_decoder, build_model  # noqa: E402
+from llamaq import torchao_compat  # noqa: F401
+from llamaq.config import Config, load
+from llamaq.quant.scheme import Scheme
+from llamaq.train.model import CausalLM, build_decoder, build_model
 
 MODEL = {
     "_component_": "torchtune.models.llama3_2.llama3_2", "vocab_size": 768, "num_layers": 2, "num_heads": 4,
@@ -22,7 +22,8 @@ ADAPTERS = (16, 32.0)
 
 # small enough for seconds a stage; the corpus and the tokenizer are the tiny config's own
 SMALL = [
-    "wandb.mode=disabled", "corpus.num_train=120", "corpus.num_pairs=40", "corpus.num_heldout=12", "corpus.num_people=60",
+    "wandb.mode=disabled", "corpus.num_train=120", "corpus.num_pairs=40", "corpus.num_heldout=12",
+    "corpus.num_people=60",
     "corpus.vocab_size=640", "model.vocab_size=640", "model.num_layers=1", "model.embed_dim=64", "model.num_heads=2",
     "model.num_kv_heads=1", "model.intermediate_dim=128", "tokenizer.max_seq_len=96",
     *[f"{s}.max_steps=6" for s in ("base", "qat", "qat_lora", "qat_dpo")],

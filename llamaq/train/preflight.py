@@ -1,0 +1,35 @@
+"""Everything that can be found wrong before the first step is: settings of every stage, data files, model, disk."""
+
+import torch
+from torch import nn
+
+from llamaq.config import Config, TrainingConfig
+from llamaq.export.meta import model_params
+from llamaq.quant.prepare import prepare
+from llamaq.quant.scheme import Scheme
+from llamaq.train.data import build_tokenizer, check_files
+from llamaq.train.memory import shape_of, state_plan
+from llamaq.train.model import instantiate, pick_device
+
+
+def preflight(c: Config) -> str:
+    """Check a run and return its plan of memory and disk, to be printed.
+
+    Raises:
+        UserError: the first thing that would stop one of the stages.
+    """
+    pick_device(c.device)
+    with torch.device("meta"):
+        decoder = instantiate(c.model, setting="model")
+    prepare(decoder, Scheme(group_size=c.scheme.group_size))
+    model_params(decoder)
+    tokenizer = build_tokenizer(c.tokenizer, shape_of(c.model).vocab)
+    for name in ("qat", "qat_lora", "qat_dpo", *(["base"] if c.base else [])):
+        training: TrainingConfig = getattr(c, name)
+        check_files(training.dataset, f"{name}.dataset")
+        optimizer = instantiate(training.optimizer, [nn.Parameter(torch.zeros(1))], setting=f"{name}.optimizer")
+        if training.lr_scheduler is not None:
+            instantiate(training.lr_scheduler, optimizer, num_training_steps=1, setting=f"{name}.lr_scheduler")
+    instantiate(c.qat_dpo.loss, setting="qat_dpo.loss")
+    check_files(c.evaluate.dataset, "evaluate.dataset")
+    return state_plan(c, tokenizer.max_seq_len or c.export.max_seq_length)

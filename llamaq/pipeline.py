@@ -30,6 +30,7 @@ from llamaq.errors import UserError
 from llamaq.quant.scheme import Scheme
 
 MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
 PACKAGES = ("llamaq", "torch", "torchao", "torchtune", "executorch", "wandb", "ray", "deepspeed")
 
 
@@ -301,7 +302,8 @@ class Run:
         manifest = {
             "stage": name,
             "key": sha256_json(identity),
-            "content": sha256_json(files),
+            # what stages that read this one depend on: not on how long its steps took
+            "content": sha256_json({name: f for name, f in files.items() if name != METRICS}),
             "identity": identity,
             "settings": asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings,
             "packages": package_versions(),

@@ -19,7 +19,7 @@ from llamaq.recipes.qat_lora import qat_lora
 import llamaq
 from llamaq.evaluate import plots, report
 from llamaq.evaluate.scores import Scores, score, share_won_back
-from llamaq.pipeline import Run, package_versions, rank
+from llamaq.pipeline import Run, from_rank_zero, package_versions, rank
 from llamaq.quant.prepare import merge_adapters
 from llamaq.runner import main
 from llamaq.tracking import Tracker
@@ -103,7 +103,9 @@ def score_all(run: Run) -> dict[str, Scores]:
 def write_report(run: Run) -> Path:
     """The report's page and plots, also logged to W&B."""
     c = run.config
-    inputs = [run.need(s) for s in ("qat", "qat_lora", "qat_dpo", "convert", "export", "evaluate")]
+    stages = ("qat", "qat_lora", "qat_dpo", "convert", "export", "evaluate")
+    inputs = [run.need(s) for s in stages]
+    metrics = from_rank_zero(lambda: {s: run.metrics(s) for s in stages})  # what the page shows of them
 
     def build(folder: Path) -> dict[str, Any]:
         facts = gather(run)
@@ -124,7 +126,7 @@ def write_report(run: Run) -> Path:
             tracker.summary({"shares": facts["shares"], "hand_overs": facts["hand_overs"]})
         return {"finished": facts["finished"]}
 
-    return run.stage("report", on_rank_zero(build), {"version": llamaq.__version__}, inputs)
+    return run.stage("report", on_rank_zero(build), {"version": llamaq.__version__, "metrics": metrics}, inputs)
 
 
 def curves(run: Run) -> dict[str, dict[str, tuple[list[int], list[float]]]]:

@@ -127,7 +127,10 @@ def test_running_it_again_runs_nothing_and_a_changed_setting_what_depends_on_it(
     assert again == ["evaluate", "report"]
 
 
-KILLS = [(stage, step) for stage in TRAINED for step in (3,)] + [("convert", None), ("export", None), ("report", None)]
+KILLS = [  # in the order of the chain; after this step, or as soon as the stage begins
+    ("base", 3), ("qat", 3), ("qat_lora", 3), ("reference", None), ("qat_dpo", 3), ("convert", None), ("export", None),
+    ("control_qat", 3), ("control_lora", 3), ("evaluate", None), ("report", None),
+]  # fmt: skip
 
 
 def test_killed_in_every_stage_and_between_the_losses_are_the_uninterrupted_ones(whole, tmp_path):

@@ -31,6 +31,8 @@ from llamaq.quant.scheme import Scheme
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
+STARTED = "started.json"  # in a stage's partial folder: the identity it was begun with
+CHECKPOINTS = "checkpoints"
 PACKAGES = ("llamaq", "torch", "torchao", "torchtune", "executorch", "wandb", "ray", "deepspeed")
 
 
@@ -43,6 +45,12 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text: str) -> None:
+    """Print on rank 0, at once: what a run tells its user."""
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def from_rank_zero(make: Callable[[], Any]) -> Any:
@@ -96,7 +104,9 @@ def identity_of(settings: Any) -> Any:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    """A stage's own files: not the manifest, nor what only an unfinished stage has."""
+    paths = (p for p in folder.rglob("*") if p.is_file())
+    return sorted(p for p in paths if p.relative_to(folder).parts[0] not in (MANIFEST, STARTED, CHECKPOINTS))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -274,15 +284,17 @@ class Run:
             "inputs": {p.name: self._input_hash(p) for p in inputs},
         }
         key = sha256_json(identity)
+        if (partial / MANIFEST).is_file() and read_manifest(partial)["key"] == key:
+            self._publish(partial, folder)  # killed after the work was done, before it was renamed
         if folder.exists():
             if not (folder / MANIFEST).is_file():
                 raise UserError(f"{folder} has no {MANIFEST}: it is not a finished stage; move it away")
             manifest = self._verify_once(folder)
             if manifest["key"] == key:
-                print(f"{name}: up to date ({folder})", flush=True)
+                say(f"{name}: up to date ({folder})")
                 return identity, True
-            print(f"{name}: {_what_changed(manifest['identity'], identity)} changed; running it again", flush=True)
-        started = partial / "started.json"
+            say(f"{name}: {_what_changed(manifest['identity'], identity)} changed; running it again")
+        started = partial / STARTED
         if partial.exists() and not (started.is_file() and json.loads(started.read_text())["key"] == key):
             self._supersede(partial)
         partial.mkdir(parents=True, exist_ok=True)
@@ -293,8 +305,6 @@ class Run:
     def _finish(
         self, name: str, identity: Any, settings: Any, metrics: dict[str, Any], folder: Path, partial: Path
     ) -> None:
-        (partial / "started.json").unlink()
-        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
         files = {
             p.relative_to(partial).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size}
             for p in _files(partial)
@@ -312,10 +322,16 @@ class Run:
             "files": files,
         }
         write_json(partial / MANIFEST, manifest)
+        self._publish(partial, folder)
+        self._verified[str(folder)] = manifest
+
+    def _publish(self, partial: Path, folder: Path) -> None:
+        """Rename a finished stage into place; what stood there is kept elsewhere."""
+        shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+        (partial / STARTED).unlink(missing_ok=True)
         if folder.exists():
             self._supersede(folder)
         partial.rename(folder)
-        self._verified[str(folder)] = manifest
 
     def _supersede(self, folder: Path) -> None:
         """Move a folder that no longer fits its settings out of the way; nothing is deleted."""

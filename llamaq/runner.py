@@ -23,10 +23,10 @@ def main(recipe: Callable[[Run], None], usage: str | None) -> None:
         _join_process_group(config.device)
         recipe(Run(config))
     except UserError as e:
-        if rank() == 0:
-            print(f"error: {e}", file=sys.stderr, flush=True)
-            if os.environ.get("LLAMAQ_TRACEBACK"):
-                traceback.print_exc()
+        who = f"[rank {rank()}] " if rank() else ""
+        print(f"{who}error: {e}", file=sys.stderr, flush=True)
+        if os.environ.get("LLAMAQ_TRACEBACK"):
+            traceback.print_exc()
         sys.exit(1)
     finally:
         _leave_process_group()

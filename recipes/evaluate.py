@@ -19,7 +19,7 @@ from llamaq.recipes.qat_lora import qat_lora
 import llamaq
 from llamaq.evaluate import plots, report
 from llamaq.evaluate.scores import Scores, score, share_won_back
-from llamaq.pipeline import Run, from_rank_zero, package_versions, rank
+from llamaq.pipeline import Run, from_rank_zero, package_versions, say
 from llamaq.quant.prepare import merge_adapters
 from llamaq.runner import main
 from llamaq.tracking import Tracker
@@ -177,8 +177,7 @@ def gather(run: Run) -> dict[str, Any]:
 def recipe(run: Run) -> None:
     evaluate(run)
     page = write_report(run) / "report.md"
-    if rank() == 0:
-        print(f"report: {page}")
+    say(f"report: {page}")
 
 
 if __name__ == "__main__":

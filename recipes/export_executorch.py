@@ -19,7 +19,7 @@ from llamaq.errors import UserError
 from llamaq.evaluate.scores import agreement
 from llamaq.export.meta import load_quantized, save_peft, save_quantized
 from llamaq.export.pte import Pte, check_constants, export_pte, load_eager
-from llamaq.pipeline import Run, from_rank_zero
+from llamaq.pipeline import Run, from_rank_zero, say
 from llamaq.runner import main
 from llamaq.train.data import build_dataset
 from llamaq.train.model import CausalLM, build_model
@@ -61,7 +61,7 @@ def check_gate(run: Run, what: str, result: dict[str, float], *names: str) -> di
         "kl": ("export.max_kl", e.max_kl),
         "top1": ("export.min_top1_agreement", e.min_top1_agreement),
     }
-    print(f"{what}: " + ", ".join(f"{n} {result[n]:.3g}" for n in names), flush=True)
+    say(f"{what}: " + ", ".join(f"{n} {result[n]:.3g}" for n in names))
     for name in names:
         setting, limit = gates[name]
         if not (result[name] >= limit if name == "top1" else result[name] <= limit):
@@ -133,18 +133,18 @@ def export(run: Run) -> Path:
 
     def build(folder: Path) -> dict[str, Any]:
         e, tokenizer, pte_file = c.export, tokenizer_of(c), folder / "model.pte"
-        print(f"exporting {pte_file.name} with ExecuTorch (about a minute for a tiny model, 15 for 1B) …", flush=True)
+        say(f"exporting {pte_file.name} with ExecuTorch (about a minute for a tiny model, 15 for 1B) …")
         export_pte(
             converted / "model", pte_file, e.max_seq_length, e.max_context_length,
             eos_ids=list(tokenizer.stop_tokens), bos_id=tokenizer.bos_id,
         )  # fmt: skip
         constants = check_constants(converted / "model", pte_file)
-        print(f"{pte_file.name} holds all {constants} tensors of the checkpoint bit for bit", flush=True)
+        say(f"{pte_file.name} holds all {constants} tensors of the checkpoint bit for bit")
         pte = Pte(pte_file)
         results = pte_gates(run, pte, gate_tokens(run))
         prompt = prompt_tokens(tokenizer, e.prompt, e.chat)
         answer = tokenizer.decode(pte.generate(prompt, e.max_new_tokens, list(tokenizer.stop_tokens)))
-        print(f"{e.prompt} → {answer}", flush=True)
+        say(f"{e.prompt} → {answer}")
         return {
             "hand_overs": results,
             "constants": constants,
@@ -182,7 +182,7 @@ def on_rank_zero(build: Callable[[Path], dict[str, Any]]) -> Callable[[Path], di
 
 def recipe(run: Run) -> None:
     convert(run)
-    print(f"model: {export(run)}/model.pte")
+    say(f"model: {export(run)}/model.pte")
 
 
 if __name__ == "__main__":

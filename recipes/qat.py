@@ -11,7 +11,7 @@ says how (`corpus`, `base`).
 from pathlib import Path
 from typing import Any
 
-from llamaq.pipeline import Run, rank
+from llamaq.pipeline import Run, rank, say
 from llamaq.runner import main
 from llamaq.train.corpus import write_corpus
 from llamaq.train.data import build_dataset
@@ -28,9 +28,7 @@ def start(run: Run) -> None:
     if c.corpus is not None:
         corpus = c.corpus
         run.stage("corpus", lambda folder: write_corpus(folder, corpus), {"corpus": corpus})
-    plan = preflight(c)
-    if rank() == 0:
-        print(plan, flush=True)
+    say(preflight(c))
     if c.base is not None:
         base(run)
 
@@ -70,7 +68,7 @@ def qat(run: Run, control: bool = False) -> Path:
 
 def recipe(run: Run) -> None:
     start(run)
-    print(f"latent weights: {qat(run)}/model.safetensors")
+    say(f"latent weights: {qat(run)}/model.safetensors")
 
 
 if __name__ == "__main__":

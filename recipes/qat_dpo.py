@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from llamaq.config import DPOConfig
-from llamaq.pipeline import Run, rank, world_size
+from llamaq.pipeline import Run, rank, say, world_size
 from llamaq.runner import main
 from llamaq.tracking import progress
 from llamaq.train.checkpoint import save_tensors
@@ -104,7 +104,7 @@ def qat_dpo(run: Run) -> Path:
 
 
 def recipe(run: Run) -> None:
-    print(f"backbone and adapters: {qat_dpo(run)}")
+    say(f"backbone and adapters: {qat_dpo(run)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ stage 1's weights. The adapters sit on all seven linears of every block, are use
 from pathlib import Path
 from typing import Any
 
-from llamaq.pipeline import Run
+from llamaq.pipeline import Run, say
 from llamaq.runner import main
 from llamaq.train.model import build_model
 from llamaq.train.stages import identity, save_weights, sft, weights_of
@@ -33,7 +33,7 @@ def qat_lora(run: Run, control: bool = False) -> Path:
 
 
 def recipe(run: Run) -> None:
-    print(f"adapters: {qat_lora(run)}/adapters.safetensors")
+    say(f"adapters: {qat_lora(run)}/adapters.safetensors")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from llamaq.recipes.qat import qat, start
 from llamaq.recipes.qat_dpo import qat_dpo
 from llamaq.recipes.qat_lora import qat_lora
 
-from llamaq.pipeline import Run, rank
+from llamaq.pipeline import Run, say
 from llamaq.runner import main
 
 
@@ -35,8 +35,7 @@ def recipe(run: Run) -> None:
     export(run)
     evaluate(run)
     page = write_report(run) / "report.md"
-    if rank() == 0:
-        print(f"\nreport: {page}")
+    say(f"\nreport: {page}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llamaq.pipeline import from_rank_zero, naming_full_disk, rank, sha256_file, world_size, write_json
+from llamaq.pipeline import from_rank_zero, naming_full_disk, rank, say, sha256_file, world_size, write_json
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], scalars: dict[str, Any], keep: int) -> None:
@@ -52,7 +52,7 @@ def _newest_whole(folder: Path) -> Path | None:
                 return path
         except (OSError, ValueError, KeyError):
             pass
-        print(f"checkpoint {path} is damaged (its SHA-256 does not match); going back to the one before", flush=True)
+        say(f"checkpoint {path} is damaged (its SHA-256 does not match); going back to the one before")
     return None
 
 

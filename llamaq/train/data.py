@@ -15,6 +15,7 @@ from torchtune.data import padded_collate_dpo, padded_collate_packed, padded_col
 
 from llamaq.config import Component
 from llamaq.errors import UserError
+from llamaq.pipeline import say
 from llamaq.tracking import progress
 from llamaq.train.corpus import read_documents
 from llamaq.train.model import instantiate
@@ -202,10 +203,9 @@ def usable_pairs(dataset: Any, setting: str) -> tuple[list[dict[str, list[int]]]
         else:
             skipped.append(i)
     if skipped:
-        print(
+        say(
             f"{setting}: skipping {len(skipped)} of {len(dataset)} pairs whose prompt leaves no room for an answer "
-            f"within tokenizer.max_seq_len (samples {', '.join(map(str, skipped[:10]))}{' …' * (len(skipped) > 10)})",
-            flush=True,
+            f"within tokenizer.max_seq_len (samples {', '.join(map(str, skipped[:10]))}{' …' * (len(skipped) > 10)})"
         )
     if not pairs:
         raise UserError(f"{setting}: every pair's prompt fills tokenizer.max_seq_len; raise it or shorten the prompts")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llamaq.config import TrainingConfig
 from llamaq.errors import UserError
-from llamaq.pipeline import Run, rank, world_size
+from llamaq.pipeline import CHECKPOINTS, Run, rank, say, world_size
 from llamaq.tracking import Tracker, progress, read_metrics
 from llamaq.train import checkpoint
 from llamaq.train.data import Batch, SampleOrder, micro_batches
@@ -88,7 +88,7 @@ def train(
             )
             last = metrics
             if step % training.checkpoint_every_n_steps == 0 and step < steps:
-                checkpoint.save(folder / "checkpoints", step, *engine.state(), keep=training.keep_checkpoints)
+                checkpoint.save(folder / CHECKPOINTS, step, *engine.state(), keep=training.keep_checkpoints)
         tracker.summary({"final_loss": last.get("loss")})
     model.eval()
     rows = read_metrics(folder / "metrics.jsonl") if rank() == 0 else []
@@ -114,13 +114,12 @@ def one_step(engine: TorchEngine, objective: Objective, batches: list[Batch], de
 
 
 def _restore(engine: TorchEngine, folder: Path, stage: str) -> int:
-    found = checkpoint.newest(folder / "checkpoints")
+    found = checkpoint.newest(folder / CHECKPOINTS)
     if found is None:
         return 0
     step, tensors, scalars = found
     engine.load_state(tensors, scalars)
-    if rank() == 0:
-        print(f"{stage}: resuming after step {step}", flush=True)
+    say(f"{stage}: resuming after step {step}")
     return step
 
 

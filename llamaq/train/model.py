@@ -79,15 +79,15 @@ class CausalLM(nn.Module):
         if labels is None:
             return self.head(h)
         scored = labels != -100
-        w = self.head.quantized_weight()
+        h, targets, w = h[scored], labels[scored], self.head.quantized_weight()  # [n, dim], [n]
         h_t = w_t = None
         if teacher is not None:
             with torch.no_grad():
                 h_t, w_t = teacher.hidden(tokens, mask, input_pos)[scored], teacher.head.quantized_weight()
         per_chunk = [
-            checkpoint(self._score, h[scored][rows], w, labels[scored][rows], teacher,
+            checkpoint(self._score, h[rows], w, targets[rows], teacher,
                        None if h_t is None else h_t[rows], w_t, use_reentrant=False)
-            for rows in _chunks(int(scored.sum()))
+            for rows in _chunks(len(targets))
         ]  # fmt: skip
         logprobs = torch.zeros(labels.shape, device=h.device)
         logprobs = logprobs.masked_scatter(scored, torch.cat([lp for lp, _ in per_chunk]))

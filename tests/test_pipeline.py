@@ -103,6 +103,18 @@ def test_a_stage_that_fails_leaves_no_folder_and_finds_its_files_next_time(run):
     assert seen == [True]
 
 
+def test_a_stage_killed_between_its_last_file_and_its_place_is_not_run_again(run, monkeypatch):
+    monkeypatch.setattr(Run, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("a", write("done"), {"x": 1})
+    monkeypatch.undo()
+    again = reopened(run)
+    folder = again.stage("a", write("again"), {"x": 1})
+    assert (folder / "out.txt").read_text() == "done" and again.executed == []
+    assert not (run.folder / "a.partial").exists() and not (folder / "started.json").exists()
+    again.close()
+
+
 def test_what_a_failed_attempt_with_other_settings_left_is_not_used(run):
     with pytest.raises(RuntimeError):
         run.stage(

@@ -16,6 +16,8 @@ from llamaq.errors import UserError
 from llamaq.pipeline import world_size
 from llamaq.train.model import CausalLM, instantiate
 
+_WRAPPER = "_checkpoint_wrapped_module."
+
 
 class TorchEngine:
     """Plain PyTorch: optimizer, schedule, clipping and autocast over a whole model on every rank."""
@@ -24,7 +26,9 @@ class TorchEngine:
         self, model: CausalLM, training: TrainingConfig, stage: str, total_steps: int, c: Config, device: torch.device
     ):
         self.model, self.device, self.clip = model, device, training.clip_grad_norm
-        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # activation checkpointing wraps blocks; without its prefix a run can switch it and still resume
+        named = ((n.replace(_WRAPPER, ""), p) for n, p in model.named_parameters())
+        self.trainable = {n: p for n, p in named if p.requires_grad}
         self.optimizer: torch.optim.Optimizer = instantiate(
             training.optimizer, list(self.trainable.values()), setting=f"{stage}.optimizer"
         )

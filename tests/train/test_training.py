@@ -178,6 +178,25 @@ def test_resumed_losses_equal_uninterrupted_ones(tmp_path):
     assert [r["lr"] for r in cut] == [r["lr"] for r in whole]
 
 
+def test_a_run_can_switch_what_changes_speed_only_and_still_resume(tmp_path):
+    whole = losses(run_training(tmp_path / "whole"))
+    run_training(tmp_path / "cut", until=4)
+    cut = run_training(tmp_path / "cut", "activation_checkpointing=true", "qat.batch_size=8")
+    assert losses(cut) == pytest.approx(whole, rel=1e-4)
+
+
+def test_weights_are_saved_under_their_own_names_with_recomputed_blocks(tmp_path):
+    from llamaq.train.model import ready_to_train
+    from llamaq.train.stages import save_weights, weights_of
+
+    config = small(tmp_path / "a", "activation_checkpointing=true")
+    model = build_model(config.model, None, Scheme(), ADAPTERS)
+    expected = {k: v.clone() for k, v in model.decoder.state_dict().items()}
+    save_weights(tmp_path, ready_to_train(model, config, torch.device("cpu")), backbone=True)
+    saved = weights_of(tmp_path)
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[k], expected[k]) for k in saved)
+
+
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(tmp_path, capsys):
     whole = losses(run_training(tmp_path / "whole"))
     run_training(tmp_path / "cut", until=4)

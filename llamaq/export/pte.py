@@ -65,11 +65,11 @@ def load_eager(checkpoint: Path, max_length: int) -> nn.Module:
     Raises:
         UserError: a key of the checkpoint that its model lacks, or the other way round.
     """
-    from executorch.examples.models.llama.export_llama_lib import get_llama_model
-
     arguments = executorch_arguments(checkpoint, max_length, max_length, checkpoint / "eager", {})
     arguments = [a for a in arguments if a not in ("--use_sdpa_with_kv_cache", "-kv")]
     with quiet():
+        from executorch.examples.models.llama.export_llama_lib import get_llama_model
+
         model, _, _ = get_llama_model(_config(arguments, full_logits=True))
     check_keys(checkpoint, model)
     return model
@@ -95,11 +95,11 @@ def export_pte(checkpoint: Path, output: Path, max_seq_length: int, max_context_
     Raises:
         UserError: the exporter refused the checkpoint.
     """
-    from executorch.examples.models.llama.export_llama_lib import export_llama
-
     metadata = {"get_bos_id": bos_id, "get_eos_ids": eos_ids}
     arguments = executorch_arguments(checkpoint, max_seq_length, max_context_length, output, metadata)
     with quiet() as printed:
+        from executorch.examples.models.llama.export_llama_lib import export_llama
+
         try:
             written = Path(export_llama(_config(arguments)))
         except (AssertionError, TypeError, ValueError) as e:

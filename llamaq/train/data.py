@@ -5,6 +5,7 @@ sixteen, before and after a resume, so the losses are too.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ def build_tokenizer(component: Component, vocab_size: int) -> Any:
         path = component.get(key)
         if path and not Path(path).is_file():
             raise UserError(f"tokenizer.{key}={path}: no such file")
+    # tiktoken caches files by their path alone, in the temporary folder and across runs: a tokenizer that changed
+    # at the same path would be read as it was before; an empty folder name turns that off
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
     try:
         tokenizer = instantiate(component, setting="tokenizer")
     except (ValueError, KeyError, IndexError) as e:

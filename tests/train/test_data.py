@@ -56,6 +56,19 @@ def test_the_tokenizer_has_llama_3s_form(corpus):
     assert tokenizer.bos_id == 344 and tokenizer.special_tokens["<|eot_id|>"] == 353
 
 
+def test_a_tokenizer_that_changed_at_the_same_path_is_read_anew(corpus, tmp_path):
+    """Tiktoken's cache goes by the path: the second run of one folder would train on the first one's tokenizer."""
+    for name in ("tokenizer.model", "special_tokens.json"):
+        (tmp_path / name).write_bytes((corpus / name).read_bytes())
+    before = tokenizer_for(tmp_path).decode([300])
+    lines = (corpus / "tokenizer.model").read_text().splitlines()
+    lines[300], lines[301] = (
+        f"{a.split()[0]} {b.split()[1]}" for a, b in ((lines[301], lines[300]), (lines[300], lines[301]))
+    )
+    (tmp_path / "tokenizer.model").write_text("\n".join(lines) + "\n")
+    assert tokenizer_for(tmp_path).decode([301]) == before != tokenizer_for(tmp_path).decode([300])
+
+
 def test_order_is_a_fresh_permutation_every_epoch_and_known_from_the_index():
     order = SampleOrder(10, seed=3)
     first, second = [order[i] for i in range(10)], [order[i] for i in range(10, 20)]

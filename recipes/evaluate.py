@@ -130,7 +130,11 @@ def write_report(run: Run) -> Path:
 def curves(run: Run) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
     panels = {"QAT": ("qat", "control_qat"), "LoRA": ("qat_lora", "control_lora"), "DPO": ("qat_dpo",)}
     return {
-        title: {s.replace("_", " "): loss_curve(run.path(s)) for s in stages if run.path(s).is_dir()}
+        title: {
+            "BF16 control" if s.startswith("control") else "quantized": loss_curve(run.path(s))
+            for s in stages
+            if run.path(s).is_dir()
+        }
         for title, stages in panels.items()
     }
 

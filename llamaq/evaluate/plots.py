@@ -46,29 +46,32 @@ def _smooth(values: list[float], window: float = 0.05) -> list[float]:
 
 def quality(path: Path, nll: dict[str, float], baseline: str) -> None:
     """Held-out NLL of each step of the chain, above or below the baseline's line."""
-    figure, axes = _axes(7, 0.55 * len(nll) + 1.2)
-    ax, names = axes[0][0], list(nll)
+    figure, axes = _axes(7, 0.4 * len(nll) + 1.2)
+    ax, names, values = axes[0][0], list(nll), list(nll.values())
     colors = [GREY if "BF16" in n else RED if "PTQ" in n else BLUE for n in names]
-    ax.barh(names, list(nll.values()), color=colors)
-    low, high = min(nll.values()), max(nll.values())
-    margin = max(high - low, 1e-3)
-    ax.set_xlim(low - 0.35 * margin, high + 0.35 * margin)
+    ax.hlines(range(len(names)), nll[baseline], values, color=colors, linewidth=1.2)
+    ax.scatter(values, range(len(names)), color=colors, s=40, zorder=3)  # points: an axis without 0 allows no bars
     ax.axvline(nll[baseline], color="black", linewidth=0.8, linestyle="--")
-    for i, value in enumerate(nll.values()):
-        ax.text(value + 0.01 * margin, i, f"{value:.4f}", va="center", fontsize=8)
+    for i, value in enumerate(values):
+        ax.annotate(f"{value:.4f}", (value, i), (7, 4), textcoords="offset points", fontsize=8)
+    ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
-    ax.set_xlabel(f"held-out NLL, nats a token (lower is better; dashed: {baseline}; axis does not start at 0)")
+    ax.margins(x=0.15, y=0.1)
+    ax.set_xlabel(f"held-out NLL, nats a token (lower is better)\ndashed: {baseline}")
     _save(figure, path)
 
 
 def agreement(path: Path, kl: dict[str, float], top1: dict[str, float], reference: str) -> None:
-    """KL to and top-1 agreement with the reference, side by side."""
+    """KL from the reference and share of tokens whose most likely next token differs from its, side by side."""
+    differing = {name: 100 * (1 - share) for name, share in top1.items()}
     figure, axes = _axes(9, 0.45 * len(kl) + 1.2, 2)
-    for ax, values, title in ((axes[0][0], kl, f"KL({reference} ‖ model), nats a token"),
-                              (axes[0][1], top1, f"top-1 agreement with {reference}")):  # fmt: skip
+    for ax, values, form, title in (
+        (axes[0][0], kl, " {:.4f}", f"KL({reference} ‖ model), nats a token"),
+        (axes[0][1], differing, " {:.2f} %", f"another most likely token than {reference}, %"),
+    ):
         ax.barh(list(values), list(values.values()), color=BLUE)
         for i, value in enumerate(values.values()):
-            ax.text(value, i, f" {value:.4f}", va="center", fontsize=8)
+            ax.text(value, i, form.format(value), va="center", fontsize=8)
         ax.invert_yaxis()
         ax.set_title(title, fontsize=10)
         ax.margins(x=0.18)

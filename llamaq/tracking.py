@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llamaq.config import Config
-from llamaq.pipeline import naming_full_disk, rank
+from llamaq.pipeline import METRICS, naming_full_disk, rank
 
 
 def progress(iterable: Iterable[Any], title: str, total: int | None = None, initial: int = 0, unit: str = "it") -> tqdm:
@@ -42,7 +42,7 @@ class Tracker:
         self.file, self._wandb = None, None
         if rank() != 0:
             return
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         rows = [r for r in read_metrics(self.path) if r["step"] <= start_step]
         with naming_full_disk(str(self.path)):  # what a killed run logged after its last checkpoint is logged again
             folder.mkdir(parents=True, exist_ok=True)

@@ -11,15 +11,13 @@ says how (`corpus`, `base`).
 from pathlib import Path
 from typing import Any
 
+from llamaq.export.meta import save_float
 from llamaq.pipeline import Run, rank, say
 from llamaq.runner import main
 from llamaq.train.corpus import write_corpus
-from llamaq.train.data import build_dataset
-from llamaq.train.loop import train
 from llamaq.train.model import build_model
-from llamaq.train.objectives import SFT
 from llamaq.train.preflight import preflight
-from llamaq.train.stages import identity, save_weights, sft, start_inputs, start_weights, tokenizer_of
+from llamaq.train.stages import identity, save_weights, sft, start_inputs, start_weights
 
 
 def start(run: Run) -> None:
@@ -35,17 +33,13 @@ def start(run: Run) -> None:
 
 def base(run: Run) -> Path:
     """Train a BF16 model from random weights and leave it as Meta releases its models."""
-    from llamaq.export.meta import save_float
-
     c = run.config
     assert c.base is not None
     training = c.base
 
     def build(folder: Path) -> dict[str, Any]:
-        tokenizer = tokenizer_of(c)
-        samples = build_dataset(training.dataset, tokenizer, "base.dataset")
         model = build_model(c.model, None, scheme=None, seed=c.seed)
-        metrics = train(run, "base", folder, model, SFT(tokenizer.pad_id), training, samples)
+        metrics = sft(run, "base", folder, model, training, "base")
         if rank() == 0:
             save_float(folder / "model", model.decoder)
         return metrics

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llamaq.config import TrainingConfig
 from llamaq.errors import UserError
-from llamaq.pipeline import CHECKPOINTS, Run, rank, say, world_size
+from llamaq.pipeline import CHECKPOINTS, METRICS, Run, rank, say, world_size
 from llamaq.tracking import Tracker, progress, read_metrics
 from llamaq.train import checkpoint
 from llamaq.train.data import Batch, SampleOrder, micro_batches
@@ -91,7 +91,7 @@ def train(
                 checkpoint.save(folder / CHECKPOINTS, step, *engine.state(), keep=training.keep_checkpoints)
         tracker.summary({"final_loss": last.get("loss")})
     model.eval()
-    rows = read_metrics(folder / "metrics.jsonl") if rank() == 0 else []
+    rows = read_metrics(folder / METRICS) if rank() == 0 else []
     return {"steps": steps, "samples": len(samples), "first": rows[0], "last": rows[-1]} if rows else {}
 
 

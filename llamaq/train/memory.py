@@ -11,7 +11,7 @@ from torch import nn
 
 from llamaq.config import Component, Config, TrainingConfig
 from llamaq.errors import UserError
-from llamaq.train.model import HEAD_CHUNK_TOKENS, instantiate, pick_device
+from llamaq.train.model import HEAD_CHUNK_TOKENS, meta_decoder, pick_device
 
 GIB = 2**30
 
@@ -26,15 +26,13 @@ class Shape:
     layers: int
     dim: int
     hidden: int
-    heads: int
     vocab: int
     adapters_per_rank: int
 
 
 def shape_of(model: Component) -> Shape:
     """Sizes of a model, from a build on the meta device: no memory."""
-    with torch.device("meta"):
-        decoder = instantiate(model, setting="model")
+    decoder: Any = meta_decoder(model)
     linears = [m for n, m in decoder.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
     layer = decoder.layers[0]
     return Shape(
@@ -44,7 +42,6 @@ def shape_of(model: Component) -> Shape:
         layers=len(decoder.layers),
         dim=layer.attn.embed_dim,
         hidden=layer.mlp.w1.out_features,
-        heads=layer.attn.num_heads,
         vocab=decoder.tok_embeddings.num_embeddings,
         adapters_per_rank=sum(m.in_features + m.out_features for m in linears),
     )

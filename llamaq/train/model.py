@@ -1,5 +1,6 @@
 """The model: torchtune's Llama, with the scheme's modules in it, and the loss computed inside the forward pass."""
 
+import os
 from typing import Any
 
 import torch
@@ -113,6 +114,12 @@ def _chunks(n: int) -> list[slice]:
     return [slice(i, i + HEAD_CHUNK_TOKENS) for i in range(0, max(n, 1), HEAD_CHUNK_TOKENS)]
 
 
+def meta_decoder(model: Component) -> TransformerDecoder:
+    """Torchtune's decoder on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return instantiate(model, setting="model")
+
+
 def build_decoder(model: Component, weights: StateDict | None = None, seed: int = 0) -> TransformerDecoder:
     """Torchtune's decoder, float32 on the CPU, with the given weights or random ones.
 
@@ -126,14 +133,13 @@ def build_decoder(model: Component, weights: StateDict | None = None, seed: int 
                 residual = name.endswith(("output_proj.weight", "w2.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * len(decoder.layers)) ** 0.5 if residual else 0.02)
         return decoder
-    with torch.device("meta"):
-        decoder = instantiate(model, setting="model")
+    decoder = meta_decoder(model)
     decoder.load_state_dict(weights, assign=True)
     for p in decoder.parameters():
         p.requires_grad_()
     for module in decoder.modules():
-        if hasattr(module, "rope_init"):
-            module.rope_init()
+        if callable(rope_init := getattr(module, "rope_init", None)):
+            rope_init()
     return decoder
 
 
@@ -188,8 +194,6 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: a GPU was asked for by name and there is none.
     """
-    import os
-
     has_gpu = torch.cuda.is_available()
     if name.startswith("cuda") and not has_gpu:
         raise UserError(f"device={name}, but PyTorch sees no GPU; use device=cpu or auto")

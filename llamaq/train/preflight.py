@@ -9,7 +9,7 @@ from llamaq.quant.prepare import prepare
 from llamaq.quant.scheme import Scheme
 from llamaq.train.data import build_tokenizer, check_files
 from llamaq.train.memory import shape_of, state_plan
-from llamaq.train.model import instantiate, pick_device
+from llamaq.train.model import instantiate, meta_decoder, pick_device
 
 
 def preflight(c: Config) -> str:
@@ -19,8 +19,7 @@ def preflight(c: Config) -> str:
         UserError: the first thing that would stop one of the stages.
     """
     pick_device(c.device)
-    with torch.device("meta"):
-        decoder = instantiate(c.model, setting="model")
+    decoder = meta_decoder(c.model)
     prepare(decoder, Scheme(group_size=c.scheme.group_size))
     model_params(decoder)
     tokenizer = build_tokenizer(c.tokenizer, shape_of(c.model).vocab)

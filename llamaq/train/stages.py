@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from llamaq.config import Config, TrainingConfig
-from llamaq.pipeline import MANIFEST, Run, rank
+from llamaq.pipeline import MANIFEST, METRICS, Run, rank
 from llamaq.quant.prepare import is_adapter
 from llamaq.tracking import read_metrics
 from llamaq.train.checkpoint import save_tensors
@@ -18,7 +18,7 @@ from llamaq.train.data import build_dataset, build_tokenizer
 from llamaq.train.inputs import StateDict, checkpoint_files, load_checkpoint
 from llamaq.train.loop import train
 from llamaq.train.memory import shape_of
-from llamaq.train.model import CausalLM, build_model, instantiate, pick_device
+from llamaq.train.model import CausalLM, build_model, meta_decoder, pick_device
 from llamaq.train.objectives import SFT
 
 
@@ -37,11 +37,7 @@ def start_inputs(c: Config) -> list[Path]:
 
 def start_weights(c: Config) -> StateDict:
     """The BF16 model the run starts from, as float32 weights with torchtune names."""
-    import torch
-
-    with torch.device("meta"):
-        decoder = instantiate(c.model, setting="model")
-    return load_checkpoint(c.checkpoint_dir, decoder)
+    return load_checkpoint(c.checkpoint_dir, meta_decoder(c.model))
 
 
 def weights_of(*folders: Path) -> StateDict:
@@ -85,5 +81,5 @@ def sft(run: Run, stage: str, folder: Path, model: CausalLM, training: TrainingC
 
 def loss_curve(folder: Path, key: str = "loss") -> tuple[list[int], list[float]]:
     """Steps and values of one metric of a finished training stage."""
-    rows = [r for r in read_metrics(folder / "metrics.jsonl") if r.get(key) is not None]
+    rows = [r for r in read_metrics(folder / METRICS) if r.get(key) is not None]
     return [r["step"] for r in rows], [r[key] for r in rows]

@@ -2,6 +2,7 @@
 
     tune ls                                     recipes and configs, ours first
     tune run RECIPE --config CONFIG [k=v …]     run one; torchrun options go before RECIPE (--nproc_per_node 2)
+    tune submit RECIPE --config CONFIG --address http://HEAD:8265 --num-workers N [k=v …]    the same on a Ray cluster
     tune cp | cat | validate | download …       as in torchtune
     tune lsx | list-trials | list-experiments | add-note | ls FOLDER …    Ray Tune's
 
@@ -46,13 +47,17 @@ def main() -> None:
     if _is_for_ray(sys.argv[1:]):
         _ray()
         return
+    if sys.argv[1:2] == ["submit"]:
+        from llamaq.cluster.submit import main as submit  # pyright: ignore[reportMissingImports]
+
+        sys.exit(submit(sys.argv[2:]))
     register_recipes()
     _patch_torchtune()
     from torchtune._cli.tune import TuneCLIParser
 
     parser = TuneCLIParser()
     parser._parser.description = "llamaq: torchtune's command line with the quantized training chain added."
-    parser._parser.epilog = "example: tune run qat_lora_dpo --config tiny"
+    parser._parser.epilog = "examples: tune run qat_lora_dpo --config tiny; tune submit --help (a Ray cluster)"
     parser.run(parser.parse_args())
 
 

@@ -6,6 +6,7 @@ schedules, losses); its other keys are that function's own.
 """
 
 import difflib
+import json
 import math
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -42,7 +43,7 @@ class TrainingConfig:
     dataset: Component = MISSING
     optimizer: Component = MISSING
     lr_scheduler: Component | None = None  # called with (optimizer, num_training_steps=…)
-    batch_size: int = 1  # sequences (or preference pairs) in one forward pass of one rank
+    batch_size: int = 1  # sequences (or preference pairs) in one forward pass of one rank, at the most
     global_batch_size: int = 16  # … in one optimizer step of all ranks together
     epochs: int = 1
     max_steps: int | None = None  # stop here even if the epochs are not over
@@ -85,6 +86,14 @@ class EvaluateConfig:
 
 
 @dataclass
+class DeepSpeedConfig:
+    """DeepSpeed, which trains where there is more than one rank; see `engine`."""
+
+    config: str = "zero1"  # zero0 … zero3, zero2_offload, zero3_offload (cluster/deepspeed/), or a JSON file of yours
+    settings: dict[str, Any] = field(default_factory=dict)  # over the file's, e.g. {zero_optimization: {stage: 2}}
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases. Runs are kept offline, in `output_dir/wandb`, where nobody is logged in."""
 
@@ -112,6 +121,8 @@ class Config:
     corpus: Component | None = None  # writes data files (and perhaps a tokenizer) that the other sections name
     base: TrainingConfig | None = None  # train the BF16 model the chain starts from (tiny only)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    engine: str = "auto"  # auto (DeepSpeed for more than one rank), torch (the whole model on each), deepspeed
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     seed: int = 0
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda
     dtype: str = "bf16"  # what matmuls are done in: bf16 or fp32; weights, optimizer and scales are always fp32
@@ -125,6 +136,47 @@ NOT_IDENTITY = frozenset(
 )
 
 
+# Top-level DeepSpeed settings a run may choose; the others llamaq sets itself, or they are not for training.
+DEEPSPEED_SETTINGS = (
+    "zero_optimization", "communication_data_type", "wall_clock_breakdown", "memory_breakdown", "comms_logger",
+    "flops_profiler", "dump_state",
+)  # fmt: skip
+SET_BY_LLAMAQ = {
+    "train_batch_size": "global_batch_size", "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "global_batch_size", "gradient_clipping": "clip_grad_norm",
+    "optimizer": "optimizer", "scheduler": "lr_scheduler", "bf16": "dtype", "fp16": "dtype", "torch_autocast": "dtype",
+    "amp": "dtype", "activation_checkpointing": "activation_checkpointing",
+}  # fmt: skip
+
+
+def deepspeed_settings(c: "Config") -> dict[str, Any]:
+    """DeepSpeed's own settings: the file's, with the run's over them.
+
+    Raises:
+        UserError: no such file, not JSON, or a key that is unknown or llamaq's to set.
+    """
+    name = c.deepspeed.config
+    path = cluster_dir() / "deepspeed" / f"{name}.json"
+    path = path if path.is_file() else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in (cluster_dir() / "deepspeed").glob("*.json")))
+        raise UserError(f"deepspeed.config={name} is neither a file nor one of {known}")
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"deepspeed.config={path} is not valid JSON: {e}") from e
+    settings = OmegaConf.to_container(OmegaConf.merge(settings, c.deepspeed.settings))
+    assert isinstance(settings, dict)
+    for key in settings:
+        if key in SET_BY_LLAMAQ:
+            raise UserError(f"deepspeed.settings.{key}: llamaq sets it, from {SET_BY_LLAMAQ[str(key)]}; change that")
+        if key not in DEEPSPEED_SETTINGS:
+            near = difflib.get_close_matches(str(key), DEEPSPEED_SETTINGS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(DEEPSPEED_SETTINGS)}"
+            raise UserError(f"deepspeed.settings.{key}: unknown setting; {hint}")
+    return {str(k): v for k, v in settings.items()}
+
+
 def packaged_configs() -> dict[str, Path]:
     """Name → file of the configs that come with llamaq, e.g. `llama3_2/1B_qat_lora_dpo`."""
     root = recipes_dir() / "configs"
@@ -133,8 +185,17 @@ def packaged_configs() -> dict[str, Path]:
 
 def recipes_dir() -> Path:
     """Where the recipes lie: `llamaq/recipes` when installed, `recipes/` beside the package in a checkout."""
+    return _part("recipes")
+
+
+def cluster_dir() -> Path:
+    """Where DeepSpeed's settings and what runs on Ray lie, likewise."""
+    return _part("cluster")
+
+
+def _part(name: str) -> Path:
     package = Path(__file__).resolve().parent
-    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def parse_arguments(argv: list[str], usage: str) -> tuple[str, list[str]]:
@@ -260,6 +321,8 @@ def _check_values(c: Config) -> None:
         f"adapters.alpha={c.adapters.alpha}, adapters.rank={c.adapters.rank}: ExecuTorch fixes alpha / rank at 2, and "
         "only another power of two can be folded into bf16 weights exactly; choose alpha = 2 · rank",
     )
+    need(c.engine in ("auto", "torch", "deepspeed"), f"engine={c.engine}: choose auto, torch or deepspeed")
+    deepspeed_settings(c)
     modes = (None, "online", "offline", "disabled")
     need(c.wandb.mode in modes, f"wandb.mode={c.wandb.mode}: choose online, offline or disabled")
     need(

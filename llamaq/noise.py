@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 
 _LOGGED = {
@@ -28,6 +29,8 @@ class _PrefixFilter(logging.Filter):
 
 def quiet_known_messages() -> None:
     """Add the filters to the loggers of `_LOGGED`. Called once, by the package."""
+    # DeepSpeed's collectives on torch 2.13
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
     for name, prefix in _LOGGED.items():
         logging.getLogger(name).addFilter(_PrefixFilter(prefix))
 

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 STARTED = "started.json"  # in a stage's partial folder: the identity it was begun with
 CHECKPOINTS = "checkpoints"
+LAUNCHER = "ray"  # what Ray Train keeps in the run's folder; made before the run is opened
 PACKAGES = ("llamaq", "torch", "torchao", "torchtune", "executorch", "wandb", "ray", "deepspeed")
 
 
@@ -62,11 +64,39 @@ def from_rank_zero(make: Callable[[], Any]) -> Any:
         try:
             box[0] = make()
         except Exception as e:
-            box[1] = e
+            box[1] = _sendable(e)
     dist.broadcast_object_list(box)
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def everywhere(make: Callable[[], Any]) -> list[Any]:
+    """Every rank computes, every rank gets all results in rank order; an exception on one is raised on all of them."""
+    if world_size() == 1:
+        return [make()]
+    boxes: list[Any] = [None] * world_size()
+    mine: tuple[Any, Exception | None] = (None, None)
+    try:
+        mine = (make(), None)
+    except Exception as e:
+        mine = (None, _sendable(e))
+    dist.all_gather_object(boxes, mine)
+    for who, (_, error) in enumerate(boxes):
+        if isinstance(error, UserError) and who != rank():
+            raise UserError(f"rank {who}: {error}")
+        if error is not None:
+            raise error
+    return [result for result, _ in boxes]
+
+
+def _sendable(e: Exception) -> Exception:
+    """The exception, or its words if it cannot be pickled: the other ranks are waiting for it."""
+    try:
+        pickle.loads(pickle.dumps(e))
+        return e
+    except Exception:
+        return RuntimeError(f"{type(e).__name__}: {e}")
 
 
 # --- hashing ---------------------------------------------------------------------------------------------------------
@@ -165,14 +195,41 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+# --- the launcher ---------------------------------------------------------------------------------------------------
+
+
+class Hooks:
+    """What a training run asks of whoever launched it. Nothing, unless the launcher can take its machines away."""
+
+    def due(self) -> bool:
+        """Whether it is time to ask `preempted`; quick, each rank for itself."""
+        return False
+
+    def preempted(self) -> bool:
+        """Whether a machine is about to be taken away and a checkpoint should be written now. All ranks call it."""
+        return False
+
+    def checkpointed(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """A checkpoint was written. All ranks call it."""
+
+
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
 class Run:
     """One output folder and what is in it. Opening it takes a lock; two processes cannot write the same run."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, hooks: Hooks | None = None, patience: float = 0.0):
+        """Open the run.
+
+        Args:
+            config: the run's settings.
+            hooks: who to talk to while training.
+            patience: seconds to wait for the lock; where processes are restarted, the one before may still be dying.
+        """
         self.config = config
+        self.hooks = hooks or Hooks()
+        self._patience = patience
         self.scheme = Scheme(group_size=config.scheme.group_size)
         self.folder = Path(config.output_dir)
         self.executed: list[str] = []  # stages that ran in this process, for tests and the closing line
@@ -193,20 +250,29 @@ class Run:
                         f"output_dir={self.folder} holds another run ({key} was {before.get(key)}, now {value}); "
                         "choose another output_dir"
                     )
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(p.name != LAUNCHER for p in self.folder.iterdir()):
             raise UserError(f"output_dir={self.folder} is not empty and is not a llamaq run; choose another folder")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"output_dir={self.folder} cannot be created: {e.strerror}") from e
-        self._lock = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise UserError(f"another process is running in output_dir={self.folder}; wait for it or stop it") from e
+        self._lock = self._take_lock()
         if not marker.is_file():
             run_id = hashlib.sha256(f"{self.folder.absolute()}{time.time()}".encode()).hexdigest()[:8]
             write_json(marker, {**identity, "id": run_id, "created": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+    def _take_lock(self) -> IO[str]:
+        lock, deadline = (self.folder / ".lock").open("w"), time.monotonic() + self._patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except OSError as e:
+                if time.monotonic() >= deadline:
+                    message = f"another process is running in output_dir={self.folder}; wait for it or stop it"
+                    # where processes are restarted it is the one before, and another try may find it gone
+                    raise OSError(message) if self._patience else UserError(message) from e
+            time.sleep(0.5)
 
     def _start(self) -> str:
         return "a model trained here" if self.config.base else str(Path(self.config.checkpoint_dir).absolute())

@@ -6,9 +6,13 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 
-from llamaq.config import load, parse_arguments
+from llamaq.config import Config, load, parse_arguments
 from llamaq.errors import UserError
 from llamaq.pipeline import Run, rank
+from llamaq.workers import check_workers
+
+# the other ranks wait while rank 0 converts, exports and evaluates: an hour for 3B
+PATIENCE = timedelta(hours=6)
 
 
 def main(recipe: Callable[[Run], None], usage: str | None) -> None:
@@ -20,33 +24,56 @@ def main(recipe: Callable[[Run], None], usage: str | None) -> None:
     """
     try:
         config = load(*parse_arguments(sys.argv[1:], usage or ""))
-        _join_process_group(config.device)
-        recipe(Run(config))
+        join_process_group(config)
+        run = Run(config)
+        check_workers(run)
+        recipe(run)
     except UserError as e:
         who = f"[rank {rank()}] " if rank() else ""
         print(f"{who}error: {e}", file=sys.stderr, flush=True)
         if os.environ.get("LLAMAQ_TRACEBACK"):
             traceback.print_exc()
+        leave_at_once_if_others_wait()
         sys.exit(1)
-    finally:
-        _leave_process_group()
+    leave_process_group()
 
 
-def _join_process_group(device: str) -> None:
-    """Under torchrun, join the group; in one process there is none. Ray's workers have joined already."""
+def join_process_group(c: Config) -> None:
+    """Under torchrun, join the group; in one process there is none, unless DeepSpeed is asked for by name."""
     import torch
     import torch.distributed as dist
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized() or (ranks == 1 and c.engine != "deepspeed"):
         return
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+    on_gpu = c.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # the other ranks wait while rank 0 converts, exports and evaluates: an hour for 3B
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=6))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if ranks == 1:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):  # DeepSpeed reads them
+            os.environ.setdefault(name, value)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend(on_gpu), store=store, rank=0, world_size=1, timeout=PATIENCE)
+    else:
+        dist.init_process_group(backend(on_gpu), timeout=PATIENCE)
 
 
-def _leave_process_group() -> None:
+def backend(on_gpu: bool) -> str:
+    """Tensors travel by NCCL where there are GPUs; Python objects, and everything on a CPU, by gloo."""
+    return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+
+
+def leave_at_once_if_others_wait() -> None:
+    """After an error of one rank: taking NCCL's group down would wait for ranks that wait for this one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def leave_process_group() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():

@@ -6,6 +6,7 @@ group; each stage is a run of its own with the stage as its job type. Steps are 
 an offline run that is resumed starts a new segment at step 0.
 """
 
+import io
 import json
 import math
 import os
@@ -30,9 +31,21 @@ def progress(iterable: Iterable[Any], title: str, total: int | None = None, init
         initial=initial,
         unit=unit,
         disable=rank() != 0,
+        file=sys.stderr if sys.stderr.isatty() else _Lines(),
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
         dynamic_ncols=True,
     )
+
+
+class _Lines(io.TextIOBase):
+    """Standard error for a log: every state of the bar on a line of its own, since Ray and others forward lines."""
+
+    def write(self, text: str) -> int:
+        line = text.strip("\r\n ")
+        return sys.stderr.write(f"{line}\n") if line else len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 class Tracker:

@@ -12,15 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llamaq.recipes.export_executorch import final_model, on_rank_zero
-from llamaq.recipes.qat import qat
-from llamaq.recipes.qat_lora import qat_lora
-
 import llamaq
 from llamaq.evaluate import plots, report
 from llamaq.evaluate.scores import Scores, score, share_won_back
 from llamaq.pipeline import Run, from_rank_zero, package_versions, say
 from llamaq.quant.prepare import merge_adapters
+from llamaq.recipes.export_executorch import final_model, on_rank_zero
+from llamaq.recipes.qat import qat
+from llamaq.recipes.qat_lora import qat_lora
 from llamaq.runner import main
 from llamaq.tracking import Tracker
 from llamaq.train.data import build_dataset, collate_sft

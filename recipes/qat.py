@@ -11,11 +11,11 @@ says how (`corpus`, `base`).
 from pathlib import Path
 from typing import Any
 
-from llamaq.export.meta import save_float
+from llamaq.export.meta import model_params, save_float
 from llamaq.pipeline import Run, rank, say
 from llamaq.runner import main
 from llamaq.train.corpus import write_corpus
-from llamaq.train.model import build_model
+from llamaq.train.model import build_model, meta_decoder
 from llamaq.train.preflight import preflight
 from llamaq.train.stages import identity, save_weights, sft, start_inputs, start_weights
 
@@ -39,9 +39,9 @@ def base(run: Run) -> Path:
 
     def build(folder: Path) -> dict[str, Any]:
         model = build_model(c.model, None, scheme=None, seed=c.seed)
-        metrics = sft(run, "base", folder, model, training, "base")
+        metrics, weights = sft(run, "base", folder, model, training, "base")
         if rank() == 0:
-            save_float(folder / "model", model.decoder)
+            save_float(folder / "model", weights, model_params(meta_decoder(c.model)))
         return metrics
 
     return run.stage("base", build, identity(c, training))
@@ -53,8 +53,8 @@ def qat(run: Run, control: bool = False) -> Path:
 
     def build(folder: Path) -> dict[str, Any]:
         model = build_model(c.model, start_weights(c), None if control else run.scheme, seed=c.seed)
-        metrics = sft(run, name, folder, model, c.qat, "qat")
-        save_weights(folder, model, backbone=True)
+        metrics, weights = sft(run, name, folder, model, c.qat, "qat")
+        save_weights(folder, weights)
         return metrics
 
     return run.stage(name, build, identity(c, c.qat), start_inputs(c))

@@ -19,7 +19,7 @@ from llamaq.pipeline import Run, rank, say, world_size
 from llamaq.runner import main
 from llamaq.tracking import progress
 from llamaq.train.checkpoint import save_tensors
-from llamaq.train.data import SampleOrder, build_dataset, collate_pairs, micro_batches, usable_pairs
+from llamaq.train.data import SampleOrder, build_dataset, collate_pairs, micro_batch_size, micro_batches, usable_pairs
 from llamaq.train.loop import train
 from llamaq.train.model import CausalLM, build_model, instantiate, pick_device
 from llamaq.train.objectives import DPO, answer_logprobs
@@ -72,9 +72,10 @@ def reference_logprobs(
     device = next(t.device for t in model.buffers())
     logprobs = torch.zeros(len(pairs), 2, device=device)
     order, step = SampleOrder(len(pairs), seed), training.global_batch_size
+    batch_size = micro_batch_size(training, world_size())
     for start in progress(range(0, len(pairs), step), "reference", unit="step"):
         count = min(step, len(pairs) - start)
-        for batch in micro_batches(pairs, order, start, count, training.batch_size, rank(), world_size()):
+        for batch in micro_batches(pairs, order, start, count, batch_size, rank(), world_size()):
             tensors = {k: v.to(device) for k, v in collate_pairs(batch, pad_id).items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
                 scores = answer_logprobs(model, tensors).chunk(2)
@@ -96,8 +97,8 @@ def qat_dpo(run: Run) -> Path:
         adapters = (c.adapters.rank, c.adapters.alpha)
         model = build_model(c.model, weights_of(*inputs), run.scheme, adapters)
         objective = DPO(pad_id, instantiate(c.qat_dpo.loss, setting="qat_dpo.loss"))
-        metrics = train(run, "qat_dpo", folder, model, objective, c.qat_dpo, samples)
-        save_weights(folder, model, backbone=True)
+        metrics, weights = train(run, "qat_dpo", folder, model, objective, c.qat_dpo, samples)
+        save_weights(folder, weights)
         return metrics | {"skipped_pairs": skipped}
 
     return run.stage("qat_dpo", build, identity(c, c.qat_dpo), inputs)

@@ -25,8 +25,8 @@ def qat_lora(run: Run, control: bool = False) -> Path:
     def build(folder: Path) -> dict[str, Any]:
         scheme = None if control else run.scheme
         model = build_model(c.model, weights_of(backbone), scheme, adapters, frozen=True, seed=c.seed)
-        metrics = sft(run, name, folder, model, c.qat_lora, "qat_lora")
-        save_weights(folder, model, backbone=False)
+        metrics, weights = sft(run, name, folder, model, c.qat_lora, "qat_lora")
+        save_weights(folder, weights)
         return metrics
 
     return run.stage(name, build, identity(c, c.qat_lora) | {"adapters": adapters}, [backbone])

@@ -16,13 +16,12 @@ Run it again to resume: finished stages are checked and kept, an interrupted one
 a changed setting runs again only what depends on it.
 """
 
+from llamaq.pipeline import Run, say
 from llamaq.recipes.evaluate import evaluate, write_report
 from llamaq.recipes.export_executorch import convert, export
 from llamaq.recipes.qat import qat, start
 from llamaq.recipes.qat_dpo import qat_dpo
 from llamaq.recipes.qat_lora import qat_lora
-
-from llamaq.pipeline import Run, say
 from llamaq.runner import main
 
 

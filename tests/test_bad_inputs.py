@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
-from llamaq.recipes.qat import recipe
 
+from llamaq.recipes.qat import recipe
 from llamaq.runner import main
 from llamaq.train.corpus import write_jsonl
 

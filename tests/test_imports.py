@@ -33,7 +33,7 @@ def may_import(package: str, file: str) -> bool:
         "torchtune": ("llamaq/cli.py", "llamaq/train/", "llamaq/export/meta.py", "recipes/"),
         "llamaq.recipes": ("recipes/",),
         "llamaq.cluster": ("recipes/", "cluster/", "llamaq/cli.py"),
-        "llamaq.torchao_compat": ("llamaq/cli.py", "llamaq/launch.py", "llamaq/train/__init__.py"),
+        "llamaq.torchao_compat": ("llamaq/cli.py", "llamaq/launch.py", "llamaq/train/__init__.py", "cluster/job.py"),
     }
     return all(file.startswith(places) for name, places in allowed.items() if f"{package}.".startswith(f"{name}."))
 

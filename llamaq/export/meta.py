@@ -182,14 +182,14 @@ def save_quantized(folder: Path, decoder: Any, scheme: Scheme, spinquant: bool =
     return params
 
 
-def save_float(folder: Path, decoder: Any, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a full-precision decoder in Meta's layout, as the released BF16 checkpoints are."""
+def save_float(folder: Path, weights: dict[str, Tensor], params: dict[str, Any]) -> None:
+    """Write full-precision weights (torchtune names) in Meta's layout and bf16, as Meta's checkpoints are."""
     from torchtune.models.convert_weights import tune_to_meta
 
-    tensors = tune_to_meta({k: v.detach().to(dtype) for k, v in decoder.state_dict().items()})
+    tensors = tune_to_meta({k: v.detach().bfloat16() for k, v in weights.items()})
     folder.mkdir(parents=True, exist_ok=True)
     save_pth(folder / "consolidated.00.pth", {**tensors, "output.weight": tensors["tok_embeddings.weight"]})
-    write_json(folder / "params.json", model_params(decoder))
+    write_json(folder / "params.json", params)
 
 
 def save_pth(path: Path, tensors: dict[str, Tensor]) -> None:

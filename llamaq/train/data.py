@@ -5,6 +5,7 @@ sixteen, before and after a resume, so the losses are too.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torchtune.data import padded_collate_dpo, padded_collate_packed, padded_collate_sft
 
-from llamaq.config import Component
+from llamaq.config import Component, TrainingConfig
 from llamaq.errors import UserError
 from llamaq.pipeline import say
 from llamaq.tracking import progress
@@ -256,10 +257,35 @@ class SampleOrder:
         return int(self._permutation[i])
 
 
+def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
+    """Samples of one forward pass: `batch_size`, or less where that would leave a rank without work."""
+    return min(training.batch_size, max(1, training.global_batch_size // world_size))
+
+
+def check_ranks(training: TrainingConfig, stage: str, world_size: int) -> None:
+    """Every rank must have something to do.
+
+    Raises:
+        UserError: there are more ranks than samples in an optimizer step.
+    """
+    if world_size > training.global_batch_size:
+        raise UserError(
+            f"{stage}: {world_size} ranks, but {stage}.global_batch_size={training.global_batch_size}: some would have "
+            "nothing to do; raise it, or use fewer ranks"
+        )
+
+
+def num_micro_batches(training: TrainingConfig, world_size: int) -> int:
+    """Forward passes of each rank in one optimizer step; the same on every rank, so that they stay in step."""
+    return math.ceil(math.ceil(training.global_batch_size / micro_batch_size(training, world_size)) / world_size)
+
+
 def micro_batches(
     samples: Sequence[Any], order: SampleOrder, start: int, count: int, batch_size: int, rank: int, world_size: int
 ) -> Iterator[list[Any]]:
-    """This rank's share of the global batch [start, start + count), in forward-pass sized pieces."""
-    positions = range(start + rank, start + count, world_size)
-    for i in range(0, len(positions), batch_size):
-        yield [samples[order[p]] for p in positions[i : i + batch_size]]
+    """This rank's share of the global batch [start, start + count): every world_size-th micro-batch of it.
+
+    A micro-batch holds the same samples however many ranks there are, so its losses are the same bits.
+    """
+    for i in range(start + rank * batch_size, start + count, world_size * batch_size):
+        yield [samples[order[p]] for p in range(i, min(i + batch_size, start + count))]

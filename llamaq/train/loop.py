@@ -15,9 +15,9 @@ from llamaq.errors import UserError
 from llamaq.pipeline import CHECKPOINTS, METRICS, Run, rank, say, world_size
 from llamaq.tracking import Tracker, progress, read_metrics
 from llamaq.train import checkpoint
-from llamaq.train.data import Batch, SampleOrder, micro_batches
-from llamaq.train.engine import TorchEngine
-from llamaq.train.model import CausalLM, pick_device, ready_to_train
+from llamaq.train.data import Batch, SampleOrder, check_ranks, micro_batch_size, micro_batches, num_micro_batches
+from llamaq.train.engine import Engine, load_weights, make_engine
+from llamaq.train.model import CausalLM, pick_device
 
 
 class Objective(Protocol):
@@ -44,23 +44,29 @@ def train(
     objective: Objective,
     training: TrainingConfig,
     samples: Sequence[Any],
-) -> dict[str, Any]:
-    """Train `model` in place on `samples`, from the newest checkpoint in `folder` if there is one.
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Train `model` on `samples`, from the newest checkpoint in `folder` if there is one. The model is used up.
 
     Returns:
-        Metrics for the manifest (rank 0): steps, samples, and the first and last rows of metrics.jsonl.
+        Metrics for the manifest (rank 0): steps, samples, and the first and last rows of metrics.jsonl; and the
+        trained weights, float32 on the CPU (rank 0).
     """
     c, device = run.config, pick_device(run.config.device)
-    steps = total_steps(training, len(samples))
-    per_pass = training.batch_size * world_size()
-    if training.global_batch_size % per_pass:
-        raise UserError(
-            f"{stage}.global_batch_size={training.global_batch_size} is not a multiple of {stage}.batch_size="
-            f"{training.batch_size} times {world_size()} ranks; change one of them"
-        )
+    steps, ranks = total_steps(training, len(samples)), world_size()
+    batch_size, passes = micro_batch_size(training, ranks), num_micro_batches(training, ranks)
+    check_ranks(training, stage, ranks)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(c.seed)
-    engine = TorchEngine(ready_to_train(model, c, device), training, stage, steps, c, device)
-    done = _restore(engine, folder, stage)
+    found = checkpoint.newest(folder / CHECKPOINTS)
+    if found is not None:
+        load_weights(model, found)
+    engine = make_engine(model, training, stage, steps, c, device)
+    if found is not None:
+        engine.load_state(found)
+        say(f"{stage}: resuming after step {found.step}")
+    done = found.step if found is not None else 0
+    del found  # its files are mapped, and a network file system cannot drop the folder of a file that is
     order = SampleOrder(len(samples), c.seed)
     last: dict[str, float] = {}
     with (
@@ -73,13 +79,18 @@ def train(
                 objective.collate(s)
                 for s in micro_batches(
                     samples, order, (step - 1) * training.global_batch_size, training.global_batch_size,
-                    training.batch_size, rank(), world_size(),
+                    batch_size, rank(), ranks,
                 )
             ]  # fmt: skip
-            metrics = one_step(engine, objective, batches, device)
+            metrics, warned = one_step(engine, objective, batches, passes, device, run.hooks.due())
+            if step == done + 1:
+                engine.state()  # an optimizer that cannot be resumed is refused now, not at the first checkpoint
             seconds = time.perf_counter() - start
-            tokens = sum(b["tokens"].numel() for b in batches) * world_size()
-            metrics |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds}
+            metrics |= {
+                "tokens_per_second": metrics.pop("tokens_read") / seconds,
+                "step_seconds": seconds,
+                "ranks": ranks,
+            }
             if device.type == "cuda":
                 metrics["gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
             tracker.log(step, metrics)
@@ -87,40 +98,53 @@ def train(
                 loss=f"{metrics['loss']:.4f}", tokens_s=f"{metrics['tokens_per_second']:.0f}", refresh=False
             )
             last = metrics
-            if step % training.checkpoint_every_n_steps == 0 and step < steps:
+            in_time = warned and run.hooks.preempted()
+            if (in_time or step % training.checkpoint_every_n_steps == 0) and step < steps:
                 checkpoint.save(folder / CHECKPOINTS, step, *engine.state(), keep=training.keep_checkpoints)
+                run.hooks.checkpointed(stage, step, metrics)
+                if in_time:
+                    say(f"{stage}: checkpoint of step {step} written just in time")
         tracker.summary({"final_loss": last.get("loss")})
-    model.eval()
+    weights = {name.removeprefix("decoder."): w for name, w in engine.weights().items()}
+    engine.close()
     rows = read_metrics(folder / METRICS) if rank() == 0 else []
-    return {"steps": steps, "samples": len(samples), "first": rows[0], "last": rows[-1]} if rows else {}
+    return {"steps": steps, "samples": len(samples), "first": rows[0], "last": rows[-1]} if rows else {}, weights
 
 
-def one_step(engine: TorchEngine, objective: Objective, batches: list[Batch], device: torch.device) -> dict[str, float]:
-    """Forward, backward and update over this rank's micro-batches; metrics are means over the global batch."""
-    count = _sum_over_ranks(torch.tensor(float(sum(objective.count(b) for b in batches)), device=device)).item()
+def one_step(
+    engine: Engine, objective: Objective, batches: list[Batch], passes: int, device: torch.device, due: bool = False
+) -> tuple[dict[str, float], bool]:
+    """Forward, backward and update over this rank's micro-batches; metrics are means over the global batch.
+
+    Args:
+        engine: holds the model.
+        objective: gives the loss.
+        batches: this rank's; at least one.
+        passes: forward passes of every rank. A rank with fewer micro-batches repeats its last one for nothing, since
+            sharded parameters are gathered by all ranks together.
+        device: to compute on.
+        due: whether this rank wants something done after the step.
+
+    Returns:
+        Metrics, and whether any rank is `due`.
+    """
+    counts = [sum(objective.count(b) for b in batches), sum(b["tokens"].numel() for b in batches), int(due)]
+    count, tokens, any_due = _sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
     if count == 0:
         raise UserError("no sample of this batch has a token to learn from; raise tokenizer.max_seq_len")
     totals: dict[str, Tensor] = {}
-    for batch in batches:
-        batch = {k: v.to(device) for k, v in batch.items()}
+    for i in range(passes):
+        batch = {k: v.to(device) for k, v in batches[min(i, len(batches) - 1)].items()}
         loss, sums = objective(engine.forward, batch)
-        engine.backward(loss / count)
-        totals = {k: totals.get(k, 0) + v.double() for k, v in sums.items()}
+        mine = i < len(batches)
+        engine.backward(loss / count if mine else loss * 0.0)
+        if mine:
+            totals = {k: totals.get(k, 0) + v.double() for k, v in sums.items()}
     means = _sum_over_ranks(torch.stack(list(totals.values()))) / count
     metrics = dict(zip(totals, means.tolist(), strict=True))
     if not math.isfinite(metrics["loss"]):
         raise UserError(f"the loss is {metrics['loss']}: training diverged; lower the learning rate")
-    return metrics | engine.step() | {f"{objective.unit}s": count}
-
-
-def _restore(engine: TorchEngine, folder: Path, stage: str) -> int:
-    found = checkpoint.newest(folder / CHECKPOINTS)
-    if found is None:
-        return 0
-    step, tensors, scalars = found
-    engine.load_state(tensors, scalars)
-    say(f"{stage}: resuming after step {step}")
-    return step
+    return metrics | engine.step() | {f"{objective.unit}s": count, "tokens_read": tokens}, any_due > 0
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:

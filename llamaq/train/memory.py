@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llamaq.config import Component, Config, TrainingConfig
+from llamaq.config import Component, Config, TrainingConfig, deepspeed_settings
 from llamaq.errors import UserError
+from llamaq.pipeline import world_size
+from llamaq.train.engine import uses_deepspeed
 from llamaq.train.model import HEAD_CHUNK_TOKENS, meta_decoder, pick_device
 
 GIB = 2**30
@@ -48,7 +50,7 @@ def shape_of(model: Component) -> Shape:
 
 
 def stage_bytes(shape: Shape, training: TrainingConfig, c: Config, seq_len: int, kind: str) -> dict[str, float]:
-    """Bytes a stage holds at its peak, by what for. An estimate: allocator overhead is not in it.
+    """Bytes one rank holds at a stage's peak, by what for. An estimate: allocator and bucket overhead is not in it.
 
     Args:
         shape: the model's counts.
@@ -70,12 +72,43 @@ def stage_bytes(shape: Shape, training: TrainingConfig, c: Config, seq_len: int,
     else:
         activations = shape.layers * per_layer
     frozen = kind == "qat_lora"
+    codes = (shape.linears + shape.embedding) * 1.0 if frozen else 0.0
+    weights, gradients, optimizer = sharded(trained * 4.0, c)
     return {
-        "weights": (shape.linears + shape.embedding) * 1.0 + adapters * 4 if frozen else trained * 4.0,
-        "gradients and optimizer": trained * 12.0,
+        "weights": codes + weights,
+        "gradients and optimizer": gradients + optimizer,
         "quantized copies": requantized,
+        "communication buffers": buffers(c),
         "activations": activations + 3 * 4.0 * min(tokens, HEAD_CHUNK_TOKENS) * shape.vocab,
     }
+
+
+def buffers(c: Config) -> float:
+    """Bytes of the buckets that DeepSpeed gathers gradients in before it adds them up."""
+    if not uses_deepspeed(c):
+        return 0.0
+    zero = deepspeed_settings(c).get("zero_optimization", {})
+    return (
+        4.0 * zero.get("reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm") else 1) if zero.get("stage") else 0.0
+    )
+
+
+def sharded(weights: float, c: Config) -> tuple[float, float, float]:
+    """Bytes of float32 weights, of their gradients, and of Adam's two moments, as one rank holds them on its device.
+
+    ZeRO works on a second, sharded copy of the weights, which is counted with the moments.
+    """
+    if not uses_deepspeed(c):
+        return weights, weights, 2 * weights
+    zero, ranks = deepspeed_settings(c).get("zero_optimization", {}), world_size()
+    stage = zero.get("stage", 0)
+    offloaded = [name for name in ("offload_optimizer", "offload_param") if zero.get(name, {}).get("device") == "cpu"]
+    optimizer = 3 * weights / ranks if stage else 2 * weights
+    return (
+        0.0 if "offload_param" in offloaded else weights / ranks if stage == 3 else weights,
+        weights / ranks if stage >= 2 else weights,
+        0.0 if "offload_optimizer" in offloaded else optimizer,
+    )
 
 
 def disk_bytes(shape: Shape, c: Config) -> float:
@@ -93,13 +126,17 @@ def state_plan(c: Config, seq_len: int, kinds: tuple[str, ...] = ("qat", "qat_lo
     """
     shape, device = shape_of(c.model), pick_device(c.device)
     available = _memory(device)
+    remedy = "lower batch_size, set activation_checkpointing=true" + " or deepspeed.config=zero3" * uses_deepspeed(c)
+    each = f" on each of {world_size()} ranks" if world_size() > 1 else ""
     rows = [f"model: {shape.weights / 1e6:,.1f} M parameters, {shape.layers} layers, vocabulary {shape.vocab:,}"]
     for kind in kinds:
         parts: dict[str, Any] = stage_bytes(shape, getattr(c, kind), c, seq_len, kind)
         total = sum(parts.values())
         detail = ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
-        warning = "   MORE THAN THERE IS: lower batch_size or set activation_checkpointing=true" * (total > available)
-        rows.append(f"{kind:>9}: about {total / GIB:6.2f} GiB of {available / GIB:.1f} on {device} ({detail}){warning}")
+        warning = f"   MORE THAN THERE IS: {remedy}" if total > available else ""
+        rows.append(
+            f"{kind:>9}: about {total / GIB:6.2f} GiB of {available / GIB:.1f} on {device}{each} ({detail}){warning}"
+        )
     need, free = disk_bytes(shape, c), shutil.disk_usage(_existing(Path(c.output_dir))).free
     rows.append(f"     disk: about {need / GIB:6.2f} GiB of {free / GIB:.1f} free for {c.output_dir}")
     if need > free:

@@ -5,9 +5,11 @@ from torch import nn
 
 from llamaq.config import Config, TrainingConfig
 from llamaq.export.meta import model_params
+from llamaq.pipeline import world_size
 from llamaq.quant.prepare import prepare
 from llamaq.quant.scheme import Scheme
-from llamaq.train.data import build_tokenizer, check_files
+from llamaq.train.data import build_tokenizer, check_files, check_ranks
+from llamaq.train.engine import check_deepspeed, check_optimizer, uses_deepspeed
 from llamaq.train.memory import shape_of, state_plan
 from llamaq.train.model import instantiate, meta_decoder, pick_device
 
@@ -18,15 +20,20 @@ def preflight(c: Config) -> str:
     Raises:
         UserError: the first thing that would stop one of the stages.
     """
-    pick_device(c.device)
+    device = pick_device(c.device)
+    if uses_deepspeed(c):
+        check_deepspeed(c, device.type)
     decoder = meta_decoder(c.model)
     prepare(decoder, Scheme(group_size=c.scheme.group_size))
     model_params(decoder)
     tokenizer = build_tokenizer(c.tokenizer, shape_of(c.model).vocab)
     for name in ("qat", "qat_lora", "qat_dpo", *(["base"] if c.base else [])):
         training: TrainingConfig = getattr(c, name)
+        check_ranks(training, name, world_size())
         check_files(training.dataset, f"{name}.dataset")
         optimizer = instantiate(training.optimizer, [nn.Parameter(torch.zeros(1))], setting=f"{name}.optimizer")
+        if uses_deepspeed(c):
+            check_optimizer(optimizer, c)
         if training.lr_scheduler is not None:
             instantiate(training.lr_scheduler, optimizer, num_training_steps=1, setting=f"{name}.lr_scheduler")
     instantiate(c.qat_dpo.loss, setting="qat_dpo.loss")

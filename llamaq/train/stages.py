@@ -50,24 +50,28 @@ def weights_of(*folders: Path) -> StateDict:
     return weights
 
 
-def save_weights(folder: Path, model: CausalLM, backbone: bool) -> None:
-    """Write adapters, and the backbone if this stage trained it (rank 0)."""
+def save_weights(folder: Path, weights: StateDict) -> None:
+    """Write what a stage trained (rank 0): backbone and adapters, each if it was."""
     if rank() != 0:
         return
-    weights = model.decoder.state_dict()
-    if backbone:
-        save_tensors(folder / "model.safetensors", {k: v for k, v in weights.items() if not is_adapter(k)})
-    adapters = {k: v for k, v in weights.items() if is_adapter(k)}
-    if adapters:
-        save_tensors(folder / "adapters.safetensors", adapters)
+    for name, adapters in (("model.safetensors", False), ("adapters.safetensors", True)):
+        part = {k: v for k, v in weights.items() if is_adapter(k) is adapters}
+        if part:
+            save_tensors(folder / name, part)
 
 
 def tokenizer_of(c: Config) -> Any:
     return build_tokenizer(c.tokenizer, shape_of(c.model).vocab)
 
 
-def sft(run: Run, stage: str, folder: Path, model: CausalLM, training: TrainingConfig, setting: str) -> dict[str, Any]:
-    """Train on the next token of `training.dataset`, with the run's BF16 model as teacher if it distills."""
+def sft(
+    run: Run, stage: str, folder: Path, model: CausalLM, training: TrainingConfig, setting: str
+) -> tuple[dict[str, Any], StateDict]:
+    """Train on the next token of `training.dataset`, with the run's BF16 model as teacher if it distills.
+
+    Returns:
+        What `train` does: metrics and trained weights.
+    """
     c = run.config
     tokenizer = tokenizer_of(c)
     samples = build_dataset(training.dataset, tokenizer, f"{setting}.dataset")

@@ -106,7 +106,7 @@ def test_another_scale_is_folded_into_b_exactly(tmp_path):
 
 def test_float_checkpoints_read_back(tmp_path):
     weights = {k: v.bfloat16().float() for k, v in random_weights().items()}
-    save_float(tmp_path, build_decoder(MODEL, weights))
+    save_float(tmp_path, weights, model_params(build_decoder(MODEL, weights)))
     loaded = load_checkpoint(tmp_path, build_decoder(MODEL))
     assert all(torch.equal(loaded[k], weights[k]) for k in weights)
 

@@ -16,7 +16,9 @@ from llamaq.train.data import (
     build_tokenizer,
     collate_pairs,
     collate_sft,
+    micro_batch_size,
     micro_batches,
+    num_micro_batches,
     usable_pairs,
 )
 
@@ -77,11 +79,37 @@ def test_order_is_a_fresh_permutation_every_epoch_and_known_from_the_index():
     assert [SampleOrder(10, seed=4)[i] for i in range(10)] != first
 
 
-@pytest.mark.parametrize("world, batch_size", [(1, 8), (1, 2), (2, 4), (4, 1)])
+@pytest.mark.parametrize("world, batch_size", [(1, 8), (1, 2), (2, 4), (4, 1), (3, 2), (3, 3)])
 def test_the_global_batch_does_not_depend_on_how_it_is_split(world, batch_size):
     order, samples = SampleOrder(30, seed=0), list(range(30))
     taken = [s for r in range(world) for b in micro_batches(samples, order, 16, 8, batch_size, r, world) for s in b]
     assert sorted(taken) == sorted(order[i] for i in range(16, 24))
+
+
+def test_a_micro_batch_is_the_same_on_any_number_of_ranks():
+    order, samples = SampleOrder(30, seed=0), list(range(30))
+
+    def of(world: int) -> list[list[int]]:
+        return sorted(b for r in range(world) for b in micro_batches(samples, order, 16, 12, 2, r, world))
+
+    assert of(1) == of(2) == of(3) == of(5) and len(of(1)) == 6
+
+
+def test_every_rank_makes_as_many_passes_and_none_is_without_work(tmp_path):
+    training = small(tmp_path / "a", "qat.batch_size=4", "qat.global_batch_size=8").qat
+    assert [micro_batch_size(training, w) for w in (1, 2, 3, 4, 5, 8)] == [4, 4, 2, 2, 1, 1]
+    order = SampleOrder(100, seed=0)
+    for training.global_batch_size in (8, 16, 32, 30):
+        for training.batch_size in (1, 2, 4, 8, 16, 32):
+            for world in range(1, training.global_batch_size + 1):
+                size, passes = micro_batch_size(training, world), num_micro_batches(training, world)
+                of = [
+                    list(micro_batches(range(100), order, 0, training.global_batch_size, size, r, world))
+                    for r in range(world)
+                ]
+                assert all(1 <= len(batches) <= passes for batches in of), (training, world)
+                taken = sorted(s for batches in of for b in batches for s in b)
+                assert taken == sorted(order[i] for i in range(training.global_batch_size))
 
 
 def test_labels_are_shifted_and_only_answers_are_scored(corpus):

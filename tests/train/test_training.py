@@ -20,6 +20,7 @@ from llamaq.train import model as model_module
 from llamaq.train.loop import total_steps, train
 from llamaq.train.model import build_model
 from llamaq.train.objectives import DPO, SFT, answer_logprobs
+from llamaq.train.stages import save_weights, weights_of
 
 TOKENS = torch.randint(0, 768, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -186,13 +187,11 @@ def test_a_run_can_switch_what_changes_speed_only_and_still_resume(tmp_path):
 
 
 def test_weights_are_saved_under_their_own_names_with_recomputed_blocks(tmp_path):
-    from llamaq.train.model import ready_to_train
-    from llamaq.train.stages import save_weights, weights_of
-
-    config = small(tmp_path / "a", "activation_checkpointing=true")
-    model = build_model(config.model, None, Scheme(), ADAPTERS)
+    run = Run(small(tmp_path / "a", "activation_checkpointing=true", "qat.optimizer.lr=0.0"))
+    model = build_model(run.config.model, None, Scheme(), ADAPTERS)
     expected = {k: v.clone() for k, v in model.decoder.state_dict().items()}
-    save_weights(tmp_path, ready_to_train(model, config, torch.device("cpu")), backbone=True)
+    _, weights = train(run, "qat", tmp_path / "stage", model, SFT(0), run.config.qat, samples())
+    save_weights(tmp_path, weights)
     saved = weights_of(tmp_path)
     assert saved.keys() == expected.keys() and all(torch.equal(saved[k], expected[k]) for k in saved)
 
@@ -200,7 +199,7 @@ def test_weights_are_saved_under_their_own_names_with_recomputed_blocks(tmp_path
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(tmp_path, capsys):
     whole = losses(run_training(tmp_path / "whole"))
     run_training(tmp_path / "cut", until=4)
-    newest = tmp_path / "cut" / "qat.partial" / "checkpoints" / "step_000004" / "state.safetensors"
+    newest = tmp_path / "cut" / "qat.partial" / "checkpoints" / "step_000004" / "rank_00000.safetensors"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
@@ -232,6 +231,21 @@ def test_gradients_are_clipped_and_the_norm_before_is_logged(tmp_path):
     assert losses(clipped)[1] == pytest.approx(clipped[1]["loss"], abs=1e-6)
     assert abs(free[-1]["loss"] - free[0]["loss"]) > 100 * abs(clipped[-1]["loss"] - losses(run_training(
         tmp_path / "still", "qat.optimizer.lr=0.0"))[-1])  # fmt: skip
+
+
+def test_an_optimizer_that_cannot_be_resumed_is_refused_at_once(tmp_path):
+    """Its state is not one number a weight: it could not be handed to another number of ranks."""
+    with pytest.raises(UserError, match=r"Adafactor keeps '.*' not weight by weight"):
+        run_training(tmp_path / "a", "qat.optimizer._component_=torch.optim.Adafactor", "qat.max_steps=1")
+
+
+@pytest.mark.parametrize("optimizer", ["torch.optim.SGD", "torch.optim.Adam", "torch.optim.RMSprop"])
+def test_other_optimizers_resume_as_well(tmp_path, optimizer):
+    more = ["~qat.optimizer.weight_decay", f"qat.optimizer._component_={optimizer}", "qat.optimizer.lr=1e-3"]
+    more += ["qat.optimizer.momentum=0.9"] if optimizer != "torch.optim.Adam" else []
+    whole = run_training(tmp_path / "whole", *more)
+    run_training(tmp_path / "cut", *more, until=4)
+    assert losses(run_training(tmp_path / "cut", *more)) == losses(whole)
 
 
 def test_divergence_is_an_error_that_says_so(tmp_path):
@@ -291,5 +305,5 @@ def test_logged_metrics_are_the_same_on_one_and_two_ranks(tmp_path):
     for one, two in zip(*results, strict=True):
         assert len(one) == len(two) == 6
         for a, b in zip(one, two, strict=True):
-            keys = [k for k in a if k not in ("tokens_per_second", "step_seconds")]
+            keys = [k for k in a if k not in ("tokens_per_second", "step_seconds", "ranks")]
             assert {k: b[k] for k in keys} == pytest.approx({k: a[k] for k in keys}, rel=2e-3, abs=1e-4)

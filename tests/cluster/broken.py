@@ -1,0 +1,7 @@
+"""A recipe with a bug, which another try would meet again."""
+
+from llamaq.pipeline import Run
+
+
+def recipe(run: Run) -> None:
+    raise KeyError("a bug of rank 0's")

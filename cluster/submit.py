@@ -63,6 +63,8 @@ def submit(argv: list[str]) -> int:
                         help="an environment variable for driver and workers; never a secret")
     parser.add_argument("--token-file", type=Path, help="the cluster's authentication token (RAY_AUTH_MODE=token)")
     parser.add_argument("--submission-id", help="the job's name (default llamaq-RECIPE-TIME)")
+    parser.add_argument("--python", default="python",
+                        help="the nodes' Python that has llamaq's packages, if another one comes first on their PATH")
     parser.add_argument("--detach", action="store_true", help="do not follow the job")
     # fmt: on
     words, settings = split_settings(argv)
@@ -80,7 +82,7 @@ def submit(argv: list[str]) -> int:
         pack(Path(folder), config, arguments.working_dir)
         send(
             client,
-            entrypoint=f"python -m llamaq.cluster.job {shlex.join(command)}",
+            entrypoint=shlex.join([arguments.python, "-m", "llamaq.cluster.job", *command]),
             submission_id=name,
             runtime_env={"working_dir": folder, "env_vars": environment},
             metadata={"recipe": arguments.recipe, "output_dir": config.output_dir, "llamaq": llamaq.__version__},

@@ -48,6 +48,7 @@ class Cluster:
         self.address, self.nodes = f"http://127.0.0.1:{self.dashboard}", {}
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))},
+            "PATH": f"{BIN}:{os.environ['PATH']}",  # as when the environment is activated
             "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "GLOO_SOCKET_IFNAME": "lo",
             "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline",
             # notice a dead node in seconds

@@ -218,3 +218,10 @@ class Pte:
             answer.append(token)
             logits = self.step([token], len(prompt) + len(answer) - 1)
         return answer
+
+
+def hadamard_operator() -> Any:
+    """ExecuTorch's online transform, `llama::fast_hadamard_transform`: x [..., n] → the same shape, float32."""
+    with quiet():
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
+    return torch.ops.llama.fast_hadamard_transform

@@ -149,6 +149,14 @@ class TiedHead(nn.Module):
         return F.linear(h, self.quantized_weight() if w is None else w)
 
 
+class UntiedHead(TiedHead):
+    """A head with a matrix of its own, which rotating a model makes of a tied one. Computes as `TiedHead` does."""
+
+    def __init__(self, matrix: LatentEmbedding | FrozenEmbedding):
+        super().__init__(matrix)
+        self.matrix = matrix
+
+
 def frozen(module: LatentLinear | LatentEmbedding) -> tuple[Tensor, Tensor]:
     """Codes and scales of a latent module: the only place where scales are derived from weights for keeps."""
     assert module.fmt is not None, "a full-precision module has no codes"

@@ -18,6 +18,7 @@ from llamaq.quant.modules import (
     LatentLinear,
     QuantizedLinear,
     TiedHead,
+    UntiedHead,
     frozen,
 )
 from llamaq.quant.scheme import Scheme
@@ -33,10 +34,10 @@ def prepare(
     embedding: str = "tok_embeddings",
     head: str = "output",
 ) -> nn.Module:
-    """Swap every linear whose full name matches, the embedding and the tied head for their latent versions.
+    """Swap every linear whose full name matches, the embedding and the head for their latent versions.
 
-    Parameters keep their names and storage, so a float state dict still loads. With scheme None the same modules
-    compute in full precision: the BF16 control.
+    Parameters keep their storage and their names (but for a head that is not tied), so a float state dict still loads.
+    With scheme None the same modules compute in full precision: the BF16 control.
 
     Raises:
         UserError: a row that the group size does not divide, a bias, or nothing to quantize.
@@ -57,7 +58,9 @@ def prepare(
     assert isinstance(old, nn.Embedding)
     new = LatentEmbedding(old.weight, scheme.rows if scheme else None)
     _replace(model, embedding, new)
-    setattr(model, head, TiedHead(new))
+    own = getattr(model, head)
+    untied = isinstance(own, nn.Linear)
+    setattr(model, head, UntiedHead(LatentEmbedding(own.weight, new.fmt)) if untied else TiedHead(new))
     return model
 
 
@@ -82,7 +85,9 @@ def freeze(model: nn.Module, head: str = "output") -> nn.Module:
         elif isinstance(module, LatentEmbedding) and module.fmt:
             new = FrozenEmbedding(*frozen(module), module.fmt)
             _replace(model, name, new)
-            setattr(model, head, TiedHead(new))
+            own = name.startswith(f"{head}.")
+            if own or not isinstance(getattr(model, head), UntiedHead):
+                setattr(model, head, UntiedHead(new) if own else TiedHead(new))
     for name, p in model.named_parameters():
         p.requires_grad_(is_adapter(name))
     return model

@@ -42,7 +42,7 @@ def instantiate(component: Component, *args: Any, setting: str, **kwargs: Any) -
 
 
 class CausalLM(nn.Module):
-    """A decoder and its tied head, as one module that gives logits or the log-probabilities of labels.
+    """A decoder and its head, as one module that gives logits or the log-probabilities of labels.
 
     The head's quantized matrix is made once a forward pass, and logits exist only for `HEAD_CHUNK_TOKENS` positions
     at a time; in training they are recomputed in the backward pass.
@@ -134,6 +134,9 @@ def build_decoder(model: Component, weights: StateDict | None = None, seed: int 
                 nn.init.normal_(p, std=0.02 / (2 * len(decoder.layers)) ** 0.5 if residual else 0.02)
         return decoder
     decoder = meta_decoder(model)
+    if "output.weight" in weights and not isinstance(decoder.output, nn.Module):  # rotated: no longer tied
+        vocab, dim = weights["output.weight"].shape
+        decoder.output = nn.Linear(dim, vocab, bias=False, device="meta")
     decoder.load_state_dict(weights, assign=True)
     for p in decoder.parameters():
         p.requires_grad_()

@@ -80,6 +80,7 @@ class Cluster:
 
     def start(self, ip: str, cpus: int, *options: str) -> None:
         command = [BIN / "ray", "start", "--block", f"--node-ip-address={ip}", f"--num-cpus={cpus}", "--num-gpus=0",
+                   f"--dashboard-agent-listen-port={free_port()}",  # two clusters at once would share the default
                    "--disable-usage-stats", "--object-store-memory=100000000", *options]  # fmt: skip
         with (self.folder / f"{ip}.log").open("w") as log:
             self.nodes[ip] = subprocess.Popen(

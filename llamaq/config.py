@@ -61,6 +61,37 @@ class DPOConfig(TrainingConfig):
 
 
 @dataclass
+class CalibrationPart:
+    """A dataset to calibrate on, and how many windows of `tokenizer.max_seq_len` tokens to take from it."""
+
+    dataset: Component = MISSING
+    num_samples: int = 128
+
+
+@dataclass
+class SpinQuantConfig:
+    """Rotations, rounding, and the choice among them. Samples are counted in windows, whatever the machine."""
+
+    calibration: list[CalibrationPart] = MISSING  # several make a mix: chat, code, tool calls, other languages
+    num_selection: int = 32  # further windows, shared among the parts, that candidates are judged on
+    batch_size: int = 8  # windows in one forward pass
+    candidates: list[str] = field(default_factory=lambda: ["none", "r4", "r2_r4", "r1_r2_r4"])
+    num_seeds: int = 1  # starts of the learned rotations
+    force: str | None = None  # ship this candidate, e.g. r1_r2_r4_seed0, whatever the others do
+    objective: str = "noise"  # noise: expected quantization noise; published: the model's loss, by Cayley SGD
+    steps: int = 300  # of learning (published: 100)
+    lr: float = 2.0e-2  # of learning (published: 1.5)
+    rows: int | None = None  # rows of a matrix looked at in a step, drawn anew; unset: all
+    refine_steps: int = 0  # then KL with quantization in the loop
+    refine_lr: float = 1.0e-3
+    rounding: str = "gptq"  # or rtn
+    damping: float = 0.01  # of GPTQ's Hessians, a share of their mean diagonal
+    correct_mismatch: bool = True  # aim at the float model's outputs from the quantized model's inputs
+    polish_steps: int = 0  # then group scales and norm gains by KL, codes frozen
+    polish_lr: float = 3.0e-4
+
+
+@dataclass
 class ExportConfig:
     """The .pte, and the gates it has to pass."""
 
@@ -112,9 +143,10 @@ class Config:
     checkpoint_dir: str = MISSING  # Hugging Face or Meta folder, or a torchtune checkpoint folder
     tokenizer: Component = MISSING
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    qat: TrainingConfig = field(default_factory=TrainingConfig)
-    qat_lora: TrainingConfig = field(default_factory=TrainingConfig)
-    qat_dpo: DPOConfig = field(default_factory=DPOConfig)
+    qat: TrainingConfig | None = None
+    qat_lora: TrainingConfig | None = None
+    qat_dpo: DPOConfig | None = None
+    spinquant: SpinQuantConfig | None = None
     export: ExportConfig = field(default_factory=ExportConfig)
     scheme: SchemeConfig = field(default_factory=SchemeConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
@@ -128,6 +160,30 @@ class Config:
     dtype: str = "bf16"  # what matmuls are done in: bf16 or fp32; weights, optimizer and scales are always fp32
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third slower
+
+    def training(self, name: str) -> TrainingConfig:
+        """The settings of a training stage.
+
+        Raises:
+            UserError: the configuration has none.
+        """
+        return self._section(name)
+
+    @property
+    def dpo(self) -> DPOConfig:
+        """The settings of the preference stage, likewise."""
+        return self._section("qat_dpo")
+
+    @property
+    def rotations(self) -> SpinQuantConfig:
+        """The settings of SpinQuant, likewise."""
+        return self._section("spinquant")
+
+    def _section(self, name: str) -> Any:
+        section = getattr(self, name)
+        if section is None:
+            raise UserError(f"this recipe needs the section '{name}', and the configuration has none")
+        return section
 
 
 # Settings that change speed or memory, not results: they are left out of a stage's identity.
@@ -353,7 +409,31 @@ def _check_values(c: Config) -> None:
     for key in ("model", "tokenizer", "corpus"):
         _need_component(getattr(c, key), key)
     _need_component(c.evaluate.dataset, "evaluate.dataset")
-    _need_component(c.qat_dpo.loss, "qat_dpo.loss")
+    if c.qat_dpo is not None:
+        _need_component(c.qat_dpo.loss, "qat_dpo.loss")
+    if c.spinquant is not None:
+        _check_spinquant(c.spinquant, need)
+
+
+def _check_spinquant(s: SpinQuantConfig, need: Any) -> None:
+    known = ("none", "r4", "r2_r4", "r1_r2_r4")
+    need(len(s.calibration) > 0, "spinquant.calibration names no dataset")
+    for i, part in enumerate(s.calibration):
+        _need_component(part.dataset, f"spinquant.calibration[{i}].dataset")
+        need(part.num_samples >= 1, f"spinquant.calibration[{i}].num_samples={part.num_samples}: must be at least 1")
+    for name in s.candidates:
+        need(name in known, f"spinquant.candidates: '{name}' is none of {', '.join(known)}")
+    need(
+        "none" in s.candidates or s.force is not None,
+        "spinquant.candidates has no 'none': a rotation is held against not rotating; add it, or set spinquant.force",
+    )
+    for key in ("num_selection", "batch_size", "num_seeds", "steps"):
+        need(getattr(s, key) >= 1, f"spinquant.{key}={getattr(s, key)}: must be at least 1")
+    for key in ("refine_steps", "polish_steps"):
+        need(getattr(s, key) >= 0, f"spinquant.{key}={getattr(s, key)}: must not be negative")
+    need(s.objective in ("noise", "published"), f"spinquant.objective={s.objective}: choose noise or published")
+    need(s.rounding in ("gptq", "rtn"), f"spinquant.rounding={s.rounding}: choose gptq or rtn")
+    need(s.lr > 0 and s.damping > 0, "spinquant.lr and spinquant.damping must be positive")
 
 
 def _need_component(section: Component | None, name: str) -> None:
@@ -366,7 +446,7 @@ def _settings(schema: Any, prefix: str = "  ") -> str:
     defaults = schema()
     for f in fields(schema):
         section = next((t for t in _section_types(f.type) if is_dataclass(t)), None)
-        if section is not None:
+        if section is not None and not str(f.type).startswith("list"):
             lines += [f"{prefix}{f.name}.", _settings(section, prefix + "  ")]
         else:
             value = getattr(defaults, f.name)

@@ -53,11 +53,11 @@ def qat(run: Run, control: bool = False) -> Path:
 
     def build(folder: Path) -> dict[str, Any]:
         model = build_model(c.model, start_weights(c), None if control else run.scheme, seed=c.seed)
-        metrics, weights = sft(run, name, folder, model, c.qat, "qat")
+        metrics, weights = sft(run, name, folder, model, c.training("qat"), "qat")
         save_weights(folder, weights)
         return metrics
 
-    return run.stage(name, build, identity(c, c.qat), start_inputs(c))
+    return run.stage(name, build, identity(c, c.training("qat")), start_inputs(c))
 
 
 def recipe(run: Run) -> None:

@@ -34,13 +34,13 @@ def reference(run: Run) -> Path:
     def build(folder: Path) -> dict[str, Any]:
         model = stage_two(run)
         pairs, skipped, pad_id = preference_pairs(run)
-        logprobs = reference_logprobs(model, pairs, pad_id, c.qat_dpo, c.seed, c.dtype)
+        logprobs = reference_logprobs(model, pairs, pad_id, c.dpo, c.seed, c.dtype)
         if rank() == 0:
             save_tensors(folder / "reference.safetensors", {"logprobs": logprobs})
         return {"pairs": len(pairs), "skipped_pairs": skipped}
 
-    settings = {k: v for k, v in identity(c, c.qat_dpo).items() if k != "training"}
-    settings |= {"dataset": c.qat_dpo.dataset, "global_batch_size": c.qat_dpo.global_batch_size}
+    settings = {k: v for k, v in identity(c, c.dpo).items() if k != "training"}
+    settings |= {"dataset": c.dpo.dataset, "global_batch_size": c.dpo.global_batch_size}
     return run.stage("reference", build, settings, [backbone, adapters])
 
 
@@ -56,7 +56,7 @@ def preference_pairs(run: Run) -> tuple[list[dict[str, Any]], list[int], int]:
     """Tokenized pairs, the indices of those without room for an answer, and the padding id."""
     c = run.config
     tokenizer = tokenizer_of(c)
-    pairs, skipped = usable_pairs(build_dataset(c.qat_dpo.dataset, tokenizer, "qat_dpo.dataset"), "qat_dpo.dataset")
+    pairs, skipped = usable_pairs(build_dataset(c.dpo.dataset, tokenizer, "qat_dpo.dataset"), "qat_dpo.dataset")
     return pairs, skipped, tokenizer.pad_id
 
 
@@ -96,12 +96,12 @@ def qat_dpo(run: Run) -> Path:
         samples = [pair | {"reference": r} for pair, r in zip(pairs, logprobs, strict=True)]
         adapters = (c.adapters.rank, c.adapters.alpha)
         model = build_model(c.model, weights_of(*inputs), run.scheme, adapters)
-        objective = DPO(pad_id, instantiate(c.qat_dpo.loss, setting="qat_dpo.loss"))
-        metrics, weights = train(run, "qat_dpo", folder, model, objective, c.qat_dpo, samples)
+        objective = DPO(pad_id, instantiate(c.dpo.loss, setting="qat_dpo.loss"))
+        metrics, weights = train(run, "qat_dpo", folder, model, objective, c.dpo, samples)
         save_weights(folder, weights)
         return metrics | {"skipped_pairs": skipped}
 
-    return run.stage("qat_dpo", build, identity(c, c.qat_dpo), inputs)
+    return run.stage("qat_dpo", build, identity(c, c.dpo), inputs)
 
 
 def recipe(run: Run) -> None:

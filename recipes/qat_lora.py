@@ -25,11 +25,11 @@ def qat_lora(run: Run, control: bool = False) -> Path:
     def build(folder: Path) -> dict[str, Any]:
         scheme = None if control else run.scheme
         model = build_model(c.model, weights_of(backbone), scheme, adapters, frozen=True, seed=c.seed)
-        metrics, weights = sft(run, name, folder, model, c.qat_lora, "qat_lora")
+        metrics, weights = sft(run, name, folder, model, c.training("qat_lora"), "qat_lora")
         save_weights(folder, weights)
         return metrics
 
-    return run.stage(name, build, identity(c, c.qat_lora) | {"adapters": adapters}, [backbone])
+    return run.stage(name, build, identity(c, c.training("qat_lora")) | {"adapters": adapters}, [backbone])
 
 
 def recipe(run: Run) -> None:

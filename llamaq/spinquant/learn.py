@@ -235,7 +235,6 @@ def learn_by_noise(
         for term in (*(lambda i=i: objective.layer(i, leaf) for i in range(objective.shape.layers)),
                      lambda: objective.ends(leaf)):  # fmt: skip
             loss = term()
-            first = first if first is None else first
             if loss.requires_grad:
                 loss.backward()
             value += loss.item()

@@ -153,7 +153,7 @@ class LinearReport:
 
 
 def round_layers(
-    student: Any, batches: list[Tensor], fmt: WeightFormat, how: Rounding, teacher: Any | None = None,
+    student: Any, batches: list[Tensor], fmt: WeightFormat, how: Rounding, teacher: Any, device: Any = "cpu",
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda x: x,
 ) -> list[LinearReport]:  # fmt: skip
     """Round every linear of a prepared decoder (latent, R4 attached) in place, each on what the rounded part before
@@ -165,41 +165,44 @@ def round_layers(
         fmt: of the linears.
         how: GPTQ's settings.
         teacher: the same rotated decoder in full precision, for `correct_mismatch`.
+        device: where to compute, one layer at a time; models and layers' inputs stay where they are.
         progress: wraps the loop over layers.
     """
-    device = student.tok_embeddings.weight.device
-    x = [student.tok_embeddings(b.to(device)) for b in batches]
-    correct = how.correct_mismatch and teacher is not None and how.method == "gptq"
-    exact = [teacher.tok_embeddings(b.to(device)) for b in batches] if teacher is not None and correct else []
+    x = [student.tok_embeddings(b) for b in batches]
+    correct = how.correct_mismatch and how.method == "gptq"
+    exact = [teacher.tok_embeddings(b) for b in batches] if correct else []
+    home = x[0].device
     reports = []
     for i in progress(range(len(student.layers))):
-        layer = student.layers[i]
+        layer, exact_layer = student.layers[i].to(device), teacher.layers[i].to(device) if correct else None
         for names in IN_ORDER:
-            h, cross = _moments(layer, teacher.layers[i] if teacher is not None and correct else None,
-                                names[0], x, exact, how.quantized_inputs)  # fmt: skip
+            h, cross = _moments(layer, exact_layer, names[0], x, exact, how.quantized_inputs, device)
             for name in names:
                 w = layer.get_submodule(name).weight.detach().float()
                 target = w if cross is None else matching_weight(w, h, cross, how.damping)
                 codes, scales = gptq(target, h, fmt, how)
                 reports.append(_report(f"layers.{i}.{name}", w, h, codes, scales, fmt, how))
                 _freeze(layer, name, codes, scales, fmt)
-        x = [layer(t) for t in x]
-        if teacher is not None and correct:
-            exact = [teacher.layers[i](t) for t in exact]
+        x = [layer(t.to(device)).to(home) for t in x]
+        if exact_layer is not None:
+            exact = [exact_layer(t.to(device)).to(home) for t in exact]
+            exact_layer.to(home)
+        layer.to(home)
     return reports
 
 
 def _moments(
-    layer: nn.Module, exact_layer: nn.Module | None, name: str, x: list[Tensor], exact: list[Tensor], quantized: bool
+    layer: nn.Module, exact_layer: nn.Module | None, name: str, x: list[Tensor], exact: list[Tensor], quantized: bool,
+    device: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """E[x̂ x̂ᵀ] of what a linear reads, and E[x x̂ᵀ] with what it reads in the float model."""
     h, cross, count = 0.0, 0.0, 0
     for i, batch in enumerate(x):
-        read = _read_by(layer, name, batch)
+        read = _read_by(layer, name, batch.to(device))
         read = fake_quantize_activation(read) if quantized else read
         h, count = h + read.T @ read, count + len(read)
         if exact_layer is not None:
-            cross = cross + _read_by(exact_layer, name, exact[i]).T @ read
+            cross = cross + _read_by(exact_layer, name, exact[i].to(device)).T @ read
     assert isinstance(h, Tensor)
     return h / count, cross / count if isinstance(cross, Tensor) else None
 

@@ -44,7 +44,39 @@ class Statistics:
     embedding_fisher: float  # E[(∂L/∂e)²], a channel's mean
     head_fisher: Tensor  # E[(∂L/∂logit)²] [vocab]
     head_x: Tensor  # samples of what the head reads, [SAMPLES, dim]
-    count: int = 0
+
+
+def to_tensors(s: Statistics) -> dict[str, Tensor]:
+    """As named tensors, to be written; `from_tensors` takes them back."""
+    flat = {"tokens": s.tokens, "head_fisher": s.head_fisher, "head_x": s.head_x}
+    flat["embedding_fisher"] = torch.tensor(s.embedding_fisher, dtype=torch.float64)
+    for i, layer in enumerate(s.layers):
+        for name, value in vars(layer).items():
+            parts = {f".{k}": v for k, v in value.items()} if isinstance(value, dict) else {"": value}
+            flat |= {f"{i}.{name}{k}": v for k, v in parts.items()}
+    return {k: v.cpu().contiguous() for k, v in flat.items()}
+
+
+def from_tensors(flat: dict[str, Tensor], device: Any) -> Statistics:
+    """Statistics as `to_tensors` wrote them."""
+    layers: dict[int, dict[str, Any]] = {}
+    for key, value in flat.items():
+        i, _, name = key.partition(".")
+        if not i.isdigit():
+            continue
+        name, _, linear = name.partition(".")
+        into = layers.setdefault(int(i), {"fisher": {}})
+        if linear:
+            into[name][linear] = value.to(device)
+        else:
+            into[name] = value.to(device)
+    return Statistics(
+        [LayerStatistics(**layers[i]) for i in sorted(layers)],
+        flat["tokens"].to(device),
+        flat["embedding_fisher"].item(),
+        flat["head_fisher"].to(device),
+        flat["head_x"].to(device),
+    )
 
 
 @dataclass
@@ -130,7 +162,6 @@ def collect(
         embedding_fisher / count,
         head_fisher / count,
         torch.cat(head_x)[:SAMPLES],
-        count,
     )
 
 

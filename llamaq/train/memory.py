@@ -113,7 +113,7 @@ def sharded(weights: float, c: Config) -> tuple[float, float, float]:
 
 def disk_bytes(shape: Shape, c: Config) -> float:
     """Bytes of a whole run's folder: latent weights twice, codes, the .pte, and the checkpoints of one stage."""
-    keep = max(t.keep_checkpoints for t in (c.qat, c.qat_lora, c.qat_dpo)) + 1
+    keep = max((t.keep_checkpoints for t in (c.qat, c.qat_lora, c.qat_dpo) if t), default=-1) + 1
     latent = shape.weights * 4.0
     return latent * (4 if c.evaluate.control else 2) + shape.weights * 2.5 + keep * shape.weights * 12.0
 

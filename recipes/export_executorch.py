@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from llamaq.config import Config
 from llamaq.errors import UserError
 from llamaq.evaluate.scores import agreement
 from llamaq.export.meta import load_quantized, save_peft, save_quantized
@@ -72,7 +73,7 @@ def check_gate(run: Run, what: str, result: dict[str, float], *names: str) -> di
     return result
 
 
-def pte_gates(run: Run, pte: Pte, tokens: list[int]) -> dict[str, dict[str, float]]:
+def pte_gates(run: Run, pte: Pte, tokens: list[int], model: CausalLM) -> dict[str, dict[str, float]]:
     """The .pte against the fake-quantized model: on contexts of a few tokens, and on one long context.
 
     The two compute the same numbers up to the order of float32 sums (2e-7), until an activation falls so close to the
@@ -81,7 +82,6 @@ def pte_gates(run: Run, pte: Pte, tokens: list[int]) -> dict[str, dict[str, floa
     So short contexts are gated by their median token, which a wrong scale anywhere would move to 1e-2, and the long
     context, which shows that the cache and its positions are right, by its KL.
     """
-    model = final_model(run)
     windows = [tokens[i : i + GATE_CONTEXT] for i in range(0, len(tokens), GATE_CONTEXT)]
     short = [(model(torch.tensor([w]))[0], pte.logits(w)) for w in windows]
     expected, logits = (torch.cat(side) for side in zip(*short, strict=True))
@@ -107,10 +107,7 @@ def convert(run: Run) -> Path:
         shipped = final_model(run, frozen=True)
         save_quantized(folder / "model", shipped.decoder, run.scheme)
         save_peft(folder / "adapter", shipped.decoder, c.adapters.rank, c.adapters.alpha)
-        for key in ("path", "special_tokens_path"):
-            if c.tokenizer.get(key):
-                name = "tokenizer.model" if key == "path" else Path(c.tokenizer[key]).name
-                shutil.copyfile(c.tokenizer[key], folder / "model" / name)
+        copy_tokenizer(c, folder / "model")
         read_back = load_quantized(folder / "model", build_model(c.model, weights_of(trained), run.scheme).decoder)
         eager = load_eager(folder / "model", len(tokens[0]))
         return {
@@ -125,11 +122,24 @@ def convert(run: Run) -> Path:
     return run.stage("convert", on_rank_zero(build), settings | gate_settings(run), [trained])
 
 
+def copy_tokenizer(c: Config, folder: Path) -> None:
+    for key in ("path", "special_tokens_path"):
+        if c.tokenizer.get(key):
+            name = "tokenizer.model" if key == "path" else Path(c.tokenizer[key]).name
+            shutil.copyfile(c.tokenizer[key], folder / name)
+
+
 @torch.no_grad()
-def export(run: Run) -> Path:
-    """The .pte, compared with the fake-quantized model token by token, and asked a question."""
+def export(run: Run, source: str = "convert", model: Callable[[Run], CausalLM] = final_model) -> Path:
+    """The .pte, compared with the fake-quantized model token by token, and asked a question.
+
+    Args:
+        run: the run.
+        source: the stage whose `model/` is exported.
+        model: the same model as llamaq computes it.
+    """
     c = run.config
-    converted = run.need("convert")
+    converted = run.need(source)
 
     def build(folder: Path) -> dict[str, Any]:
         e, tokenizer, pte_file = c.export, tokenizer_of(c), folder / "model.pte"
@@ -141,7 +151,7 @@ def export(run: Run) -> Path:
         constants = check_constants(converted / "model", pte_file)
         say(f"{pte_file.name} holds all {constants} tensors of the checkpoint bit for bit")
         pte = Pte(pte_file)
-        results = pte_gates(run, pte, gate_tokens(run))
+        results = pte_gates(run, pte, gate_tokens(run), model(run))
         prompt = prompt_tokens(tokenizer, e.prompt, e.chat)
         answer = tokenizer.decode(pte.generate(prompt, e.max_new_tokens, list(tokenizer.stop_tokens)))
         say(f"{e.prompt} → {answer}")

@@ -10,7 +10,8 @@
     tok_embeddings.{weight,scales}               int8 [vocab, dim], float32 [vocab, 1]
     output.{weight,scales}                       the same again: tied, written twice
 
-`params.json` carries what both loaders need: `quantization_args` {scheme, group_size, spinquant} and `lora_args`
+`params.json` carries what both loaders need: `quantization_args` {scheme, group_size, spinquant; rotation {r1, r2, r4}
+for a rotated model, whose two matrices at the ends differ} and `lora_args`
 {rank, scale}. ExecuTorch ignores the latter's scale and multiplies by 2.0
 (examples/models/llama/source_transformation/lora.py), so any other alpha/rank is folded into B here.
 """
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 
 from llamaq.errors import UserError
 from llamaq.pipeline import naming_full_disk, write_json
-from llamaq.quant.modules import Adapter, FrozenEmbedding, FrozenLinear
+from llamaq.quant.modules import Adapter, FrozenEmbedding, FrozenLinear, UntiedHead
 from llamaq.quant.prepare import add_adapters, freeze, quantized_linears
 from llamaq.quant.scheme import Scheme
+from llamaq.spinquant.rotations import attach_online, check_contract
 
 EXECUTORCH_LORA_SCALE = 2.0
 _META_LINEARS = {
@@ -51,8 +53,10 @@ _PEFT_LINEARS = {
 }
 
 
-def quantized_state_dict(decoder: nn.Module) -> dict[str, Tensor]:
+def quantized_state_dict(decoder: nn.Module, head: nn.Module | None = None) -> dict[str, Tensor]:
     """Meta-layout tensors of a frozen decoder (torchtune names), codes and scales as they are.
+
+    `head` is needed where it is not tied to the embedding (`UntiedHead`).
 
     Norms are stored in float32 if bf16 would change them, else in bf16.
     """
@@ -72,15 +76,23 @@ def quantized_state_dict(decoder: nn.Module) -> dict[str, Tensor]:
             norms["norm.weight"] = _bf16_if_exact(p)
     embedding = decoder.get_submodule("tok_embeddings")
     assert isinstance(embedding, FrozenEmbedding), "the embedding is not frozen"
-    for key in ("tok_embeddings", "output"):
-        tensors[f"{key}.weight"], tensors[f"{key}.scales"] = embedding.codes, embedding.scales
+    rows = {"tok_embeddings": embedding, "output": head.matrix if isinstance(head, UntiedHead) else embedding}
+    for key, matrix in rows.items():
+        assert isinstance(matrix, FrozenEmbedding), f"{key} is not frozen"
+        tensors[f"{key}.weight"], tensors[f"{key}.scales"] = matrix.codes, matrix.scales
     return {k: v.detach().contiguous() for k, v in (norms | tensors).items()}
 
 
 def load_quantized(folder: Path, decoder: Any) -> Any:
-    """Read a checkpoint of `save_quantized` into a prepared decoder, as frozen codes; returns the decoder."""
+    """Read a checkpoint of `save_quantized` into a prepared decoder, as frozen codes; returns the decoder.
+
+    Raises:
+        UserError: its rotation contract contradicts itself or the model.
+    """
     params = json.loads((folder / "params.json").read_text())
     tensors = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    contract = params["quantization_args"].get("rotation")
+    block = rotation_block(params, decoder.layers[0].mlp.w2.in_features, str(folder))
     lora = params.get("lora_args")
     if lora:
         add_adapters(decoder, lora["rank"], lora["rank"] * lora["scale"])
@@ -98,8 +110,23 @@ def load_quantized(folder: Path, decoder: Any) -> Any:
         "tok_embeddings.codes": tensors["tok_embeddings.weight"],
         "tok_embeddings.scales": tensors["tok_embeddings.scales"],
     }
+    if contract and contract["r1"]:
+        rows = decoder.tok_embeddings.fmt
+        decoder.output = UntiedHead(FrozenEmbedding(tensors["output.weight"], tensors["output.scales"], rows))
+        state |= {f"output.matrix.{k}": tensors[f"output.{v}"] for k, v in (("codes", "weight"), ("scales", "scales"))}
     decoder.load_state_dict(state)
+    attach_online(decoder, block)
     return decoder
+
+
+def rotation_block(params: dict[str, Any], hidden: int, where: str) -> int:
+    """Width of the online transform a checkpoint's params.json asks for, 0 for none.
+
+    Raises:
+        UserError: the params contradict themselves or the model's feed-forward width.
+    """
+    quantization = params["quantization_args"]
+    return check_contract(quantization.get("rotation"), bool(quantization.get("spinquant")), hidden, where)
 
 
 def shipped_adapter(adapter: Adapter) -> tuple[Tensor, Tensor]:
@@ -158,26 +185,44 @@ def ffn_params(dim: int, hidden: int) -> tuple[float, int]:
     The formula (llama-models, `FeedForward`): int(multiplier · int(8 dim / 3)) rounded up to a multiple.
     """
 
-    def formula(multiplier: float, multiple_of: int) -> int:
-        return multiple_of * math.ceil(int(multiplier * int(2 * 4 * dim / 3)) / multiple_of)
-
     for multiple_of in (256, 128, 64, 32):
         for multiplier in (1.5, 1.0, 1.3, hidden / int(2 * 4 * dim / 3)):
-            if formula(multiplier, multiple_of) == hidden:
+            if _formula(dim, multiplier, multiple_of) == hidden:
                 return multiplier, multiple_of
     raise UserError(f"a feed-forward width of {hidden} cannot be written in params.json: make it a multiple of 32")
 
 
-def save_quantized(folder: Path, decoder: Any, scheme: Scheme, spinquant: bool = False) -> dict[str, Any]:
-    """Write `consolidated.00.pth` and `params.json` of a frozen decoder; returns the params."""
-    params = model_params(decoder) | {
-        "quantization_args": {"scheme": scheme.name, "group_size": scheme.group_size, "spinquant": spinquant}
-    }
+def feed_forward_width(params: dict[str, Any]) -> int:
+    """The width that params.json stands for."""
+    return _formula(params["dim"], params["ffn_dim_multiplier"], params["multiple_of"])
+
+
+def _formula(dim: int, multiplier: float, multiple_of: int) -> int:
+    return multiple_of * math.ceil(int(multiplier * int(2 * 4 * dim / 3)) / multiple_of)
+
+
+def save_quantized(
+    folder: Path, decoder: Any, scheme: Scheme, rotation: dict[str, Any] | None = None, head: nn.Module | None = None
+) -> dict[str, Any]:
+    """Write `consolidated.00.pth` and `params.json` of a frozen decoder; returns the params.
+
+    Args:
+        folder: made if it is not there.
+        decoder: frozen, torchtune names.
+        scheme: the numerics.
+        rotation: the contract of a rotated model (`Rotations.contract`).
+        head: of a model whose head is not tied.
+    """
+    quantization = {"scheme": scheme.name, "group_size": scheme.group_size}
+    quantization["spinquant"] = bool(rotation and rotation["r4"])  # loaders read: does R4 have to be computed?
+    if rotation:
+        quantization["rotation"] = rotation
+    params = model_params(decoder) | {"quantization_args": quantization}
     adapters = [q.adapter for q in quantized_linears(decoder).values() if q.adapter is not None]
     if adapters:
         params["lora_args"] = {"rank": adapters[0].rank, "scale": EXECUTORCH_LORA_SCALE}
     folder.mkdir(parents=True, exist_ok=True)
-    save_pth(folder / "consolidated.00.pth", quantized_state_dict(decoder))
+    save_pth(folder / "consolidated.00.pth", quantized_state_dict(decoder, head))
     write_json(folder / "params.json", params)
     return params
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llamaq.errors import UserError
+from llamaq.export.meta import feed_forward_width, rotation_block
 from llamaq.noise import without_native_noise
 
 # buffers of ExecuTorch's model that no checkpoint holds: zero points are 0, caches and tables are made at load
@@ -45,7 +46,7 @@ def executorch_arguments(
         "--output_name", output.stem,
         "--metadata", json.dumps(metadata),
     ]  # fmt: skip
-    if quantization.get("spinquant"):
+    if rotation_block(params, feed_forward_width(params), str(checkpoint)):
         return [*arguments, "--use_spin_quant", "native"]
     return [*arguments, "-qat", *(["-lora", str(params["lora_args"]["rank"])] if "lora_args" in params else [])]
 
@@ -59,6 +60,39 @@ def _config(arguments: list[str], full_logits: bool = False) -> Any:
     return config
 
 
+@contextlib.contextmanager
+def online_blocks(checkpoint: Path) -> Iterator[None]:
+    """Where R4 mixes blocks of a width that its operator does not take whole, let ExecuTorch's model do so too."""
+    from executorch.examples.models.llama.source_transformation import spin_quant
+
+    params = json.loads((checkpoint / "params.json").read_text())
+    hidden = feed_forward_width(params)
+    block = rotation_block(params, hidden, str(checkpoint))
+    name = "inject_fast_hadamard_transform_native_for_spin_quant"
+    theirs = getattr(spin_quant, name)
+
+    class InBlocks(nn.Module):
+        def __init__(self, feed_forward: Any):
+            super().__init__()
+            self.w1, self.w2, self.w3 = feed_forward.w1, feed_forward.w2, feed_forward.w3
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = nn.functional.silu(self.w1(x)) * self.w3(x)
+            return self.w2(torch.ops.llama.fast_hadamard_transform(h.unflatten(-1, (-1, block))).flatten(-2))
+
+    def inject(model: nn.Module) -> nn.Module:
+        for layer in model.get_submodule("layers").children():
+            layer.feed_forward = InBlocks(layer.feed_forward)
+        return model
+
+    if block and block != hidden:
+        setattr(spin_quant, name, inject)
+    try:
+        yield
+    finally:
+        setattr(spin_quant, name, theirs)
+
+
 def load_eager(checkpoint: Path, max_length: int) -> nn.Module:
     """The checkpoint as ExecuTorch's own eager model, without a KV cache: tokens [1, s] → logits [1, s, vocab].
 
@@ -67,7 +101,7 @@ def load_eager(checkpoint: Path, max_length: int) -> nn.Module:
     """
     arguments = executorch_arguments(checkpoint, max_length, max_length, checkpoint / "eager", {})
     arguments = [a for a in arguments if a not in ("--use_sdpa_with_kv_cache", "-kv")]
-    with quiet():
+    with quiet(), online_blocks(checkpoint):
         from executorch.examples.models.llama.export_llama_lib import get_llama_model
 
         model, _, _ = get_llama_model(_config(arguments, full_logits=True))
@@ -97,7 +131,7 @@ def export_pte(checkpoint: Path, output: Path, max_seq_length: int, max_context_
     """
     metadata = {"get_bos_id": bos_id, "get_eos_ids": eos_ids}
     arguments = executorch_arguments(checkpoint, max_seq_length, max_context_length, output, metadata)
-    with quiet() as printed:
+    with quiet() as printed, online_blocks(checkpoint):
         from executorch.examples.models.llama.export_llama_lib import export_llama
 
         try:

@@ -118,7 +118,21 @@ def disk_bytes(shape: Shape, c: Config) -> float:
     return latent * (4 if c.evaluate.control else 2) + shape.weights * 2.5 + keep * shape.weights * 12.0
 
 
-def state_plan(c: Config, seq_len: int, kinds: tuple[str, ...] = ("qat", "qat_lora", "qat_dpo")) -> str:
+def spinquant_bytes(shape: Shape, c: Config, seq_len: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes SpinQuant holds on the device and in host memory at its peaks, by what for; an estimate, as above."""
+    s = c.rotations
+    tokens = s.batch_size * seq_len
+    moments = 4.0 * shape.layers * (2 * shape.dim**2 + shape.dim**2)  # two sites; values' blocks are at most one more
+    batch = 4.0 * (tokens * (shape.layers * shape.dim + 8 * shape.dim + 4 * shape.hidden))
+    logits = 3 * 4.0 * min(tokens, HEAD_CHUNK_TOKENS) * shape.vocab
+    model = 4.0 * (shape.weights + shape.embedding)  # the head is its own matrix once rotated
+    windows = 4.0 * shape.dim * seq_len * sum(p.num_samples for p in s.calibration)
+    device = {"model": model, "second moments": moments, "one batch": batch + logits, "one Cayley step": 40.0 * shape.dim**2}
+    host = {"model, original and rotated": 2 * model, "layers' inputs": 2 * windows}
+    return device, host
+
+
+def state_plan(c: Config, seq_len: int) -> str:
     """The plan as a table, after a check that the disk will do.
 
     Raises:
@@ -129,14 +143,24 @@ def state_plan(c: Config, seq_len: int, kinds: tuple[str, ...] = ("qat", "qat_lo
     remedy = "lower batch_size, set activation_checkpointing=true" + " or deepspeed.config=zero3" * uses_deepspeed(c)
     each = f" on each of {world_size()} ranks" if world_size() > 1 else ""
     rows = [f"model: {shape.weights / 1e6:,.1f} M parameters, {shape.layers} layers, vocabulary {shape.vocab:,}"]
-    for kind in kinds:
-        parts: dict[str, Any] = stage_bytes(shape, getattr(c, kind), c, seq_len, kind)
+
+    def row(kind: str, parts: dict[str, float], there: float, where: str, remedy: str) -> None:
         total = sum(parts.values())
         detail = ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
-        warning = f"   MORE THAN THERE IS: {remedy}" if total > available else ""
-        rows.append(
-            f"{kind:>9}: about {total / GIB:6.2f} GiB of {available / GIB:.1f} on {device}{each} ({detail}){warning}"
-        )
+        warning = f"   MORE THAN THERE IS: {remedy}" if total > there else ""
+        rows.append(f"{kind:>9}: about {total / GIB:6.2f} GiB of {there / GIB:.1f} on {where} ({detail}){warning}")
+
+    for kind in ("qat", "qat_lora", "qat_dpo"):
+        if (training := getattr(c, kind)) is not None:
+            row(kind, stage_bytes(shape, training, c, seq_len, kind), available, f"{device}{each}", remedy)
+    if c.spinquant is not None:
+        on_device, on_host = spinquant_bytes(shape, c, seq_len)
+        remedy = "lower spinquant.batch_size, or the windows' tokenizer.max_seq_len"
+        if device.type == "cpu":
+            row("spinquant", on_device | on_host, available, "cpu", remedy)
+        else:
+            row("spinquant", on_device, available, str(device), remedy)
+            row("its host", on_host, _memory(torch.device("cpu")), "the host", "lower num_samples")
     need, free = disk_bytes(shape, c), shutil.disk_usage(_existing(Path(c.output_dir))).free
     rows.append(f"     disk: about {need / GIB:6.2f} GiB of {free / GIB:.1f} free for {c.output_dir}")
     if need > free:

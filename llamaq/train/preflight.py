@@ -27,8 +27,10 @@ def preflight(c: Config) -> str:
     prepare(decoder, Scheme(group_size=c.scheme.group_size))
     model_params(decoder)
     tokenizer = build_tokenizer(c.tokenizer, shape_of(c.model).vocab)
-    for name in ("qat", "qat_lora", "qat_dpo", *(["base"] if c.base else [])):
-        training: TrainingConfig = getattr(c, name)
+    for name in ("qat", "qat_lora", "qat_dpo", "base"):
+        training: TrainingConfig | None = getattr(c, name)
+        if training is None:
+            continue
         check_ranks(training, name, world_size())
         check_files(training.dataset, f"{name}.dataset")
         optimizer = instantiate(training.optimizer, [nn.Parameter(torch.zeros(1))], setting=f"{name}.optimizer")
@@ -36,6 +38,9 @@ def preflight(c: Config) -> str:
             check_optimizer(optimizer, c)
         if training.lr_scheduler is not None:
             instantiate(training.lr_scheduler, optimizer, num_training_steps=1, setting=f"{name}.lr_scheduler")
-    instantiate(c.qat_dpo.loss, setting="qat_dpo.loss")
+    if c.qat_dpo is not None:
+        instantiate(c.qat_dpo.loss, setting="qat_dpo.loss")
+    for i, part in enumerate(c.spinquant.calibration if c.spinquant else []):
+        check_files(part.dataset, f"spinquant.calibration[{i}].dataset")
     check_files(c.evaluate.dataset, "evaluate.dataset")
     return state_plan(c, tokenizer.max_seq_len or c.export.max_seq_length)

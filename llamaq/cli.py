@@ -18,7 +18,7 @@ from llamaq.config import load, packaged_configs, recipes_dir
 from llamaq.errors import UserError
 
 # recipe → the configs listed under it; a config file serves the chain and each of its stages
-RECIPES = ["qat_lora_dpo", "qat", "qat_lora", "qat_dpo", "export_executorch", "evaluate"]
+RECIPES = ["qat_lora_dpo", "qat", "qat_lora", "qat_dpo", "spinquant", "export_executorch", "evaluate"]
 RAY_COMMANDS = ("lsx", "list-trials", "list-experiments", "add-note")
 
 
@@ -34,7 +34,9 @@ def register_recipes() -> None:
         registry.Recipe(
             name=name,
             file_path=str(recipes_dir() / f"{name}.py"),
-            configs=configs if name == RECIPES[0] else [],
+            configs=[c for c in configs if c.name.endswith("spinquant") == (name == "spinquant")]
+            if name in (RECIPES[0], "spinquant")
+            else [],
             supports_distributed=True,
         )
         for name in RECIPES

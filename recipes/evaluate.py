@@ -63,7 +63,7 @@ def evaluate(run: Run) -> Path:
     inputs = [*start_inputs(c), *(run.need(s) for s in stages)]
 
     def build(folder: Path) -> dict[str, Any]:
-        scores = score_all(run)
+        scores = score_all(run, candidates(run))
         shares = {}
         if c.evaluate.control:
             # only stage 2 has seen what the control has: stage 1 fewer steps, stage 3 other data
@@ -79,10 +79,10 @@ def evaluate(run: Run) -> Path:
     return run.stage("evaluate", on_rank_zero(build), settings, inputs)
 
 
-def score_all(run: Run) -> dict[str, Scores]:
+def score_all(run: Run, models: dict[str, Callable[[], CausalLM]]) -> dict[str, Scores]:
     """Per-sample scores of every model; the references stay in memory, the others come and go."""
     c, device = run.config, pick_device(run.config.device)
-    tokenizer, models = tokenizer_of(c), candidates(run)
+    tokenizer = tokenizer_of(c)
     dataset = build_dataset(c.evaluate.dataset, tokenizer, "evaluate.dataset")
     samples = [dataset[i] for i in range(min(len(dataset), c.evaluate.max_samples or len(dataset)))]
     references = {k: models[k]().eval().to(device) for k in ("bf16", "control") if k in models}
@@ -114,7 +114,7 @@ def write_report(run: Run) -> Path:
             folder / "agreement.png", {n: s[f"kl/{baseline}"] for n, s in names.items()},
             {n: s[f"top1/{baseline}"] for n, s in names.items()}, report.MODELS[baseline],
         )  # fmt: skip
-        report.write(folder, facts)
+        report.write(folder, report.render(facts))
         with Tracker(c, run.id, "report", folder) as tracker:
             columns = ["model", *next(iter(facts["scores"].values()))]
             tracker.table("quality", columns, [[n, *s.values()] for n, s in names.items()])

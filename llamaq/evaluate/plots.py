@@ -61,6 +61,46 @@ def quality(path: Path, nll: dict[str, float], baseline: str) -> None:
     _save(figure, path)
 
 
+def selection(path: Path, kl: dict[str, tuple[float, float]], chosen: str) -> None:
+    """KL of each candidate on the selection text, with its 95 % interval; the one that ships is coloured."""
+    figure, axes = _axes(7, 0.4 * len(kl) + 1.2)
+    ax, names = axes[0][0], list(kl)
+    values, errors = [kl[n][0] for n in names], [kl[n][1] for n in names]
+    ax.barh(names, values, xerr=errors, color=[BLUE if n == chosen else GREY for n in names], error_kw={"linewidth": 1})
+    for i, (value, error) in enumerate(zip(values, errors, strict=True)):
+        ax.text(value + error, i, f" {value:.2e}", va="center", fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.18)
+    ax.set_xlabel(f"KL from BF16, nats a token (lower is better; bars: 95 %)\nblue: ships ({chosen})")
+    _save(figure, path)
+
+
+def outliers(path: Path, before: dict[str, list[float]], after: dict[str, list[float]]) -> None:
+    """Peak over root mean square by layer, one panel each for weights' groups, and what attention and MLP read."""
+    figure, axes = _axes(3.6 * len(before), 3.0, len(before))
+    for ax, title in zip(axes[0], before, strict=True):
+        ax.plot(before[title], color=GREY, marker="o", markersize=3, label="as it was")
+        ax.plot(after[title], color=BLUE, marker="o", markersize=3, label="rotated")
+        ax.set(xlabel="layer", ylim=(0, None))
+        ax.set_title(title, fontsize=10)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0][0].set_ylabel("largest / root mean square")
+    axes[0][0].legend(frameon=False)
+    _save(figure, path)
+
+
+def layer_errors(path: Path, curves: dict[str, list[float]]) -> None:
+    """Relative squared error of the linears' outputs, a layer's mean; one curve a way of rounding."""
+    figure, axes = _axes(7, 3.2)
+    ax = axes[0][0]
+    for color, (label, values) in zip((GREY, ORANGE, BLUE, GREEN), curves.items(), strict=False):
+        ax.plot([100 * v for v in values], color=color, marker="o", markersize=3, label=label)
+    ax.set(xlabel="layer", ylabel="squared error of linears' outputs, %", ylim=(0, None))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(frameon=False)
+    _save(figure, path)
+
+
 def agreement(path: Path, kl: dict[str, float], top1: dict[str, float], reference: str) -> None:
     """KL from the reference and share of tokens whose most likely next token differs from its, side by side."""
     differing = {name: 100 * (1 - share) for name, share in top1.items()}

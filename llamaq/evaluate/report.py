@@ -12,6 +12,7 @@ MODELS = {
     "qat": "QAT",
     "qat_lora": "QAT + LoRA",
     "final": "QAT + LoRA + DPO",
+    "spinquant": "SpinQuant",
 }
 HAND_OVERS = {
     "converted": "fake-quantized → converted",
@@ -111,7 +112,58 @@ def render(facts: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(folder: Path, facts: dict[str, Any]) -> Path:
+def selection_table(candidates: dict[str, dict[str, Any]], chosen: str) -> str:
+    rows = []
+    for name, m in candidates.items():
+        kl = f"{m['kl']:.3e} ± {m['kl_interval']:.1e}"
+        seconds = f"{m['learn_seconds']:.0f}" if m["learn_seconds"] else ""
+        rows.append([f"**{name}**" if name == chosen else name, kl, seconds, f"{m['round_seconds']:.0f}"])
+    return table(["candidate", "KL from BF16 (nats/token)", "learning (s)", "rounding (s)"], rows)
+
+
+def render_spinquant(facts: dict[str, Any]) -> str:
+    """The page of a SpinQuant run."""
+    share, chosen = facts["share"], facts["chosen"]
+    forced = " It was forced (spinquant.force)." if facts["forced"] else ""
+    parts = [
+        f"# llamaq report: {facts['name']}",
+        f"{facts['finished']} · {facts['parameters'] / 1e6:,.1f} M parameters · int4 groups of {facts['group_size']}, "
+        f"int8 embedding and head, int8 activations · SpinQuant, ships **{chosen}** · llamaq {facts['version']}",
+        "## Quality",
+        f"{facts['samples']:,} held-out samples, {facts['tokens']:,} tokens scored, float32. PTQ rounds every weight of "
+        "the same model to the nearest code at full range.",
+        quality_table(facts["scores"]),
+        f"Of the KL that PTQ loses, SpinQuant wins back **{share['share']:.2f}** (95 % interval {share['low']:.2f} to "
+        f"{share['high']:.2f}, paired bootstrap over samples).",
+        "![quality](quality.png)",
+        "![agreement](agreement.png)",
+        "## Which rotations",
+        f"Calibrated on {facts['calibration_tokens']:,} tokens, judged on {facts['selection_tokens']:,} others with "
+        f"everything rounded as on the phone. What is not rotated is among the candidates; the best ships.{forced}",
+        selection_table(facts["candidates"], chosen),
+        "![selection](selection.png)",
+        "## What rotating does",
+        "Largest magnitude over root mean square: of the weights that share a scale, and of the tokens that linears "
+        "read. The smaller, the finer the steps.",
+        "![outliers](outliers.png)",
+        "Squared error of what the linears compute, relative to its size, with inputs quantized.",
+        "![error by layer](layer_errors.png)",
+        "## What was measured is what runs",
+        f"All {facts['constants']} tensors of the checkpoint lie in the .pte bit for bit. Logits of "
+        f"{facts['gate_tokens']} held-out tokens; gates: relative error ≤ {facts['max_relative_error']:.0e} (for the "
+        f".pte the median token's), top-1 ≥ {facts['min_top1']:.3f}, KL of the one long context ≤ "
+        f"{facts['max_kl']:.0e}.",
+        hand_over_table(facts["hand_overs"]),
+        f"The exported file has {facts['pte_bytes'] / 2**20:,.1f} MiB. Asked on it: *{facts['prompt']}*",
+        f"> {facts['answer']}",
+        "## Where things are",
+        table(["what", "where"], [[what, f"`{where}`"] for what, where in facts["files"].items()]),
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in facts["packages"].items()) + ".",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(folder: Path, page: str) -> Path:
     path = folder / "report.md"
-    path.write_text(render(facts), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     return path

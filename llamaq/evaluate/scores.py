@@ -78,6 +78,16 @@ def _add(total: Tensor, index: Tensor, values: Tensor) -> None:
     total.index_add_(0, index, values.double().cpu())
 
 
+def share_of_kl(ptq: Scores, model: Scores, reference: str, seed: int = 0) -> dict[str, float]:
+    """1 − KL(reference ‖ model) / KL(reference ‖ PTQ), with a paired 95 % interval, as `share_won_back`."""
+    lost, left = ptq.kl[reference], model.kl[reference]
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(lost), (2000, len(lost)), generator=generator)
+    shares = 1 - left[draws].sum(1) / lost[draws].sum(1)
+    low, high = shares.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"share": 1 - float(left.sum() / lost.sum()), "low": low, "high": high}
+
+
 def share_won_back(ptq: Scores, model: Scores, control: Scores, seed: int = 0) -> dict[str, float]:
     """(NLL[PTQ(control)] − NLL[model]) / (NLL[PTQ(control)] − NLL[control]), with a paired 95 % interval.
 

@@ -73,23 +73,26 @@ def check_gate(run: Run, what: str, result: dict[str, float], *names: str) -> di
     return result
 
 
-def pte_gates(run: Run, pte: Pte, tokens: list[int], model: CausalLM) -> dict[str, dict[str, float]]:
+def pte_gates(
+    run: Run, pte: Pte, tokens: list[int], model: CausalLM, context: int = GATE_CONTEXT
+) -> dict[str, dict[str, float]]:
     """The .pte against the fake-quantized model: on contexts of a few tokens, and on one long context.
 
     The two compute the same numbers up to the order of float32 sums (2e-7), until an activation falls so close to the
     border between two int8 levels that this order decides: about once in 25 tokens for a 5 M parameter model, in every
     token of a 1B one. That token, and through the KV cache all after it, then differs by one rounding, some 5e-3.
     So short contexts are gated by their median token, which a wrong scale anywhere would move to 1e-2, and the long
-    context, which shows that the cache and its positions are right, by its KL.
+    context, which shows that the cache and its positions are right, by its KL. A rotated model's activations are spread
+    evenly over the levels, so more of them lie near a border (4 layers: one token in four): its contexts are one token.
     """
-    windows = [tokens[i : i + GATE_CONTEXT] for i in range(0, len(tokens), GATE_CONTEXT)]
+    windows = [tokens[i : i + context] for i in range(0, len(tokens), context)]
     short = [(model(torch.tensor([w]))[0], pte.logits(w)) for w in windows]
     expected, logits = (torch.cat(side) for side in zip(*short, strict=True))
     long = agreement(model(torch.tensor([tokens]))[0], pte.logits(tokens))
     what = "fake-quantized → .pte"
     return {
         "pte": check_gate(
-            run, f"{what}, contexts of {GATE_CONTEXT}", agreement(expected, logits), "token_error", "top1"
+            run, f"{what}, contexts of {context}", agreement(expected, logits), "token_error", "top1"
         ),
         "pte_long": check_gate(run, f"{what}, one context of {len(tokens)}", long, "kl"),
     }
@@ -130,13 +133,16 @@ def copy_tokenizer(c: Config, folder: Path) -> None:
 
 
 @torch.no_grad()
-def export(run: Run, source: str = "convert", model: Callable[[Run], CausalLM] = final_model) -> Path:
+def export(
+    run: Run, source: str = "convert", model: Callable[[Run], CausalLM] = final_model, context: int = GATE_CONTEXT
+) -> Path:
     """The .pte, compared with the fake-quantized model token by token, and asked a question.
 
     Args:
         run: the run.
         source: the stage whose `model/` is exported.
         model: the same model as llamaq computes it.
+        context: tokens in a short context of the gates.
     """
     c = run.config
     converted = run.need(source)
@@ -151,7 +157,7 @@ def export(run: Run, source: str = "convert", model: Callable[[Run], CausalLM] =
         constants = check_constants(converted / "model", pte_file)
         say(f"{pte_file.name} holds all {constants} tensors of the checkpoint bit for bit")
         pte = Pte(pte_file)
-        results = pte_gates(run, pte, gate_tokens(run), model(run))
+        results = pte_gates(run, pte, gate_tokens(run), model(run), context)
         prompt = prompt_tokens(tokenizer, e.prompt, e.chat)
         answer = tokenizer.decode(pte.generate(prompt, e.max_new_tokens, list(tokenizer.stop_tokens)))
         say(f"{e.prompt} → {answer}")

@@ -482,7 +482,7 @@ def recipe(run: Run) -> None:
     for name, which, seed in candidate_names(c):
         candidate(run, name, which, seed)
     select(run)
-    export(run, "spinquant", shipped_model)
+    export(run, "spinquant", shipped_model, context=1)
     evaluate(run)
     say(f"\nreport: {write_report(run)}/report.md")
 

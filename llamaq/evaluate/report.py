@@ -17,7 +17,7 @@ MODELS = {
 HAND_OVERS = {
     "converted": "fake-quantized → converted",
     "executorch_eager": "fake-quantized → ExecuTorch eager",
-    "pte": "fake-quantized → .pte, contexts of 8 tokens",
+    "pte": "fake-quantized → .pte, short contexts",
     "pte_long": "fake-quantized → .pte, one context",
 }
 

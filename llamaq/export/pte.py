@@ -85,6 +85,8 @@ def online_blocks(checkpoint: Path) -> Iterator[None]:
             layer.feed_forward = InBlocks(layer.feed_forward)
         return model
 
+    if block:
+        hadamard_operator()  # registers it: a KV cache's operators, which would too, are not in every model
     if block and block != hidden:
         setattr(spin_quant, name, inject)
     try:

@@ -91,9 +91,7 @@ def pte_gates(
     long = agreement(model(torch.tensor([tokens]))[0], pte.logits(tokens))
     what = "fake-quantized → .pte"
     return {
-        "pte": check_gate(
-            run, f"{what}, contexts of {context}", agreement(expected, logits), "token_error", "top1"
-        ),
+        "pte": check_gate(run, f"{what}, contexts of {context}", agreement(expected, logits), "token_error", "top1"),
         "pte_long": check_gate(run, f"{what}, one context of {len(tokens)}", long, "kl"),
     }
 

@@ -36,7 +36,14 @@ from llamaq.pipeline import Run, from_rank_zero, package_versions, say
 from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
 from llamaq.recipes.evaluate import score_all
-from llamaq.recipes.export_executorch import check_gate, copy_tokenizer, export, gate_settings, gate_tokens, on_rank_zero
+from llamaq.recipes.export_executorch import (
+    check_gate,
+    copy_tokenizer,
+    export,
+    gate_settings,
+    gate_tokens,
+    on_rank_zero,
+)
 from llamaq.recipes.qat import start
 from llamaq.runner import main
 from llamaq.spinquant.learn import (
@@ -156,9 +163,7 @@ def candidate(run: Run, name: str, which: set[str], seed: int) -> Path:
         text, unseen = windows(c)
         learned, seconds = learn_or_load(run, folder, name, which, seed, weights, shape, text)
         rotated = rotate(weights, shape, learned.rotations)
-        student, layers, round_seconds = round_model(
-            c, name, rotated, learned.rotations.r4, text, device, run.scheme
-        )
+        student, layers, round_seconds = round_model(c, name, rotated, learned.rotations.r4, text, device, run.scheme)
         bf16 = build_model(c.model, weights, None).eval().requires_grad_(False).to(device)
         student.to(device)
         polished = polish_model(c, name, student, bf16, text, device)
@@ -280,9 +285,7 @@ def polish_model(
 
 
 @torch.no_grad()
-def judge(
-    student: CausalLM, bf16: CausalLM, text: Tensor, batch_size: int, device: torch.device, name: str
-) -> Tensor:
+def judge(student: CausalLM, bf16: CausalLM, text: Tensor, batch_size: int, device: torch.device, name: str) -> Tensor:
     """KL from the BF16 model window by window, in nats a token, float64 [windows]."""
     found = []
     for tokens in bar(f"{name}: judge", "batch")(text.split(batch_size)):
@@ -305,8 +308,8 @@ def outliers(
     def of(w: StateDict, r1: Tensor | None) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {"weights of a group": [], "tokens attention reads": [], "tokens MLP reads": []}
         for i, layer in enumerate(statistics.layers):
-            names = [n for n in w if n.startswith(f"layers.{i}.") and n.endswith("_proj.weight") or
-                     n.startswith(f"layers.{i}.mlp.w") and n.endswith(".weight")]  # fmt: skip
+            names = [n for n in w if (n.startswith(f"layers.{i}.") and n.endswith("_proj.weight")) or
+                     (n.startswith(f"layers.{i}.mlp.w") and n.endswith(".weight"))]  # fmt: skip
             found["weights of a group"].append(sum(peak(w[n], 32) for n in names) / len(names))
             for key, x, norm in (("attention", layer.attn_x, "sa"), ("MLP", layer.mlp_x, "mlp")):
                 # without R1 the norm's gain is still in front of the linears

@@ -136,7 +136,7 @@ def test_a_config_of_ones_own(tmp_path):
     OmegaConf.update(raw, "qat.max_steps", 3)
     OmegaConf.save(raw, tmp_path / "mine.yaml")
     config = load(str(tmp_path / "mine.yaml"), ["output_dir=elsewhere"])
-    assert config.qat.max_steps == 3 and config.checkpoint_dir == "elsewhere/base/model"
+    assert config.training("qat").max_steps == 3 and config.checkpoint_dir == "elsewhere/base/model"
     assert json.dumps(config.model) and Path(config.output_dir).name == "elsewhere"
     write_jsonl(tmp_path / "x.jsonl", [{"a": "ü"}])
     assert (tmp_path / "x.jsonl").read_text() == '{"a": "ü"}\n'

@@ -130,8 +130,8 @@ def render_spinquant(facts: dict[str, Any]) -> str:
         f"{facts['finished']} · {facts['parameters'] / 1e6:,.1f} M parameters · int4 groups of {facts['group_size']}, "
         f"int8 embedding and head, int8 activations · SpinQuant, ships **{chosen}** · llamaq {facts['version']}",
         "## Quality",
-        f"{facts['samples']:,} held-out samples, {facts['tokens']:,} tokens scored, float32. PTQ rounds every weight of "
-        "the same model to the nearest code at full range.",
+        f"{facts['samples']:,} held-out samples, {facts['tokens']:,} tokens scored, float32. PTQ rounds every weight "
+        "of the same model to the nearest code at full range.",
         quality_table(facts["scores"]),
         f"Of the KL that PTQ loses, SpinQuant wins back **{share['share']:.2f}** (95 % interval {share['low']:.2f} to "
         f"{share['high']:.2f}, paired bootstrap over samples).",

@@ -184,7 +184,6 @@ def ffn_params(dim: int, hidden: int) -> tuple[float, int]:
 
     The formula (llama-models, `FeedForward`): int(multiplier · int(8 dim / 3)) rounded up to a multiple.
     """
-
     for multiple_of in (256, 128, 64, 32):
         for multiplier in (1.5, 1.0, 1.3, hidden / int(2 * 4 * dim / 3)):
             if _formula(dim, multiplier, multiple_of) == hidden:

@@ -70,14 +70,10 @@ class CayleyRotations:
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
         """Adam moves every entry by about lr, so a matrix by lr · √n: larger ones take smaller steps."""
-        return [
-            {"params": [a], "lr": lr * min(1.0, math.sqrt(256 / a.shape[-1]))} for a in self.free if a is not None
-        ]
+        return [{"params": [a], "lr": lr * min(1.0, math.sqrt(256 / a.shape[-1]))} for a in self.free if a is not None]
 
     def __call__(self) -> Rotations:
-        r1, r2 = (
-            None if a is None or r is None else r @ cayley(a) for r, a in zip(self.start, self.free, strict=True)
-        )
+        r1, r2 = (None if a is None or r is None else r @ cayley(a) for r, a in zip(self.start, self.free, strict=True))
         return Rotations(r1, r2, self.r4)
 
 
@@ -232,9 +228,8 @@ def learn_by_noise(
         found = iter(leaves)
         leaf = replace(r, r1=None if r.r1 is None else next(found), r2=None if r.r2 is None else next(found))
         value = 0.0
-        for term in (*(lambda i=i: objective.layer(i, leaf) for i in range(objective.shape.layers)),
-                     lambda: objective.ends(leaf)):  # fmt: skip
-            loss = term()
+        for i in range(objective.shape.layers + 1):
+            loss = objective.layer(i, leaf) if i < objective.shape.layers else objective.ends(leaf)
             if loss.requires_grad:
                 loss.backward()
             value += loss.item()
@@ -276,7 +271,7 @@ class EndToEnd:
         self.decoder, self.weights, self.shape, self.scheme = decoder, dict(weights), shape, scheme
         decoder.requires_grad_(False)
         self.handles = attach_online(decoder, r4)
-        for i, layer in enumerate(decoder.layers):
+        for layer in decoder.layers:
             for name in (*READS, *WRITES):
                 width = shape.head_dim if scheme is None and name == "attn.output_proj" else None
                 self.handles.append(layer.get_submodule(name).register_forward_pre_hook(_int8_input(width)))

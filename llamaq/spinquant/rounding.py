@@ -1,4 +1,4 @@
-"""Rounding by GPTQ (https://arxiv.org/abs/2210.17323), layer by layer, every input quantized as it will be on the phone.
+"""Rounding by GPTQ (https://arxiv.org/abs/2210.17323), layer by layer, on inputs quantized as on the phone.
 
 Column by column, the error of rounding is passed on to the columns not yet rounded, so that what the layer computes
 changes least: min tr(Δ H Δᵀ), H the second moments of its input. What is different from the published recipe: inputs
@@ -192,7 +192,12 @@ def round_layers(
 
 
 def _moments(
-    layer: nn.Module, exact_layer: nn.Module | None, name: str, x: list[Tensor], exact: list[Tensor], quantized: bool,
+    layer: nn.Module,
+    exact_layer: nn.Module | None,
+    name: str,
+    x: list[Tensor],
+    exact: list[Tensor],
+    quantized: bool,
     device: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """E[x̂ x̂ᵀ] of what a linear reads, and E[x x̂ᵀ] with what it reads in the float model."""
@@ -207,7 +212,7 @@ def _moments(
     return h / count, cross / count if isinstance(cross, Tensor) else None
 
 
-class _Read(Exception):
+class _ReadError(Exception):
     """Ends a forward pass once the linear in question has been reached."""
 
 
@@ -217,12 +222,12 @@ def _read_by(layer: nn.Module, name: str, x: Tensor) -> Tensor:
 
     def hook(module: nn.Module, arguments: tuple[Tensor]) -> None:
         found.append(arguments[0].flatten(0, -2).float())
-        raise _Read
+        raise _ReadError
 
     handle = layer.get_submodule(name).register_forward_pre_hook(hook)
     try:
         layer(x)
-    except _Read:
+    except _ReadError:
         pass
     finally:
         handle.remove()

@@ -116,9 +116,7 @@ class _Sums:
         m = {k: v / count for k, v in self.moments.items()}
         x = {k: torch.cat(v)[:SAMPLES] for k, v in self.samples.items()}
         fisher = {linear: m[f"fisher.{linear}"] for linear in LINEARS}
-        return LayerStatistics(
-            m["attn"], m["mlp"], m["values"], m["down"], fisher, x["attn"], x["mlp"], x["values"]
-        )
+        return LayerStatistics(m["attn"], m["mlp"], m["values"], m["down"], fisher, x["attn"], x["mlp"], x["values"])
 
 
 def collect(

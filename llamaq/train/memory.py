@@ -127,7 +127,8 @@ def spinquant_bytes(shape: Shape, c: Config, seq_len: int) -> tuple[dict[str, fl
     logits = 3 * 4.0 * min(tokens, HEAD_CHUNK_TOKENS) * shape.vocab
     model = 4.0 * (shape.weights + shape.embedding)  # the head is its own matrix once rotated
     windows = 4.0 * shape.dim * seq_len * sum(p.num_samples for p in s.calibration)
-    device = {"model": model, "second moments": moments, "one batch": batch + logits, "one Cayley step": 40.0 * shape.dim**2}
+    step = 4.0 * 10 * shape.dim**2  # R1, its gradient, Adam's moments and what Cayley's solve keeps
+    device = {"model": model, "second moments": moments, "one batch": batch + logits, "one Cayley step": step}
     host = {"model, original and rotated": 2 * model, "layers' inputs": 2 * windows}
     return device, host
 

@@ -28,7 +28,7 @@ def weights_of(component: dict) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def _float64_all_through(monkeypatch):
-    """torchtune's norms and RoPE compute in float32 by calling `.float()`."""
+    """Torchtune's norms and RoPE compute in float32 by calling `.float()`."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 

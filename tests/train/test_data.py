@@ -96,7 +96,7 @@ def test_a_micro_batch_is_the_same_on_any_number_of_ranks():
 
 
 def test_every_rank_makes_as_many_passes_and_none_is_without_work(tmp_path):
-    training = small(tmp_path / "a", "qat.batch_size=4", "qat.global_batch_size=8").qat
+    training = small(tmp_path / "a", "qat.batch_size=4", "qat.global_batch_size=8").training("qat")
     assert [micro_batch_size(training, w) for w in (1, 2, 3, 4, 5, 8)] == [4, 4, 2, 2, 1, 1]
     order = SampleOrder(100, seed=0)
     for training.global_batch_size in (8, 16, 32, 30):
@@ -227,4 +227,4 @@ def test_llama_3s_own_image_token_beyond_the_vocabulary_is_accepted(corpus, tmp_
 
 
 def test_the_small_config_of_the_tests_is_well_formed(tmp_path):
-    assert small(tmp_path / "x").qat.max_steps == 6
+    assert small(tmp_path / "x").training("qat").max_steps == 6

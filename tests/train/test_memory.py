@@ -36,6 +36,6 @@ def test_recomputed_blocks_need_less(tmp_path):
     plans = []
     for value in ("true", "false"):
         config = load("llama3_2/1B_qat_lora_dpo", [f"output_dir={tmp_path}", f"activation_checkpointing={value}"])
-        plans.append(stage_bytes(shape_of(config.model), config.qat, config, 2048, "qat"))
+        plans.append(stage_bytes(shape_of(config.model), config.training("qat"), config, 2048, "qat"))
     assert plans[0]["activations"] < 0.5 * plans[1]["activations"]
     assert plans[0]["quantized copies"] < plans[1]["quantized copies"]

@@ -152,9 +152,9 @@ def run_training(folder: Path, *overrides: str, objective=None, rows=None, until
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint, "save", stop)
             with pytest.raises(KeyboardInterrupt):
-                train(run, "qat", stage, model, objective or SFT(0), run.config.qat, rows or samples())
+                train(run, "qat", stage, model, objective or SFT(0), run.config.training("qat"), rows or samples())
     else:
-        train(run, "qat", stage, model, objective or SFT(0), run.config.qat, rows or samples())
+        train(run, "qat", stage, model, objective or SFT(0), run.config.training("qat"), rows or samples())
     run.close()
     return read_metrics(stage / "metrics.jsonl")
 
@@ -190,7 +190,7 @@ def test_weights_are_saved_under_their_own_names_with_recomputed_blocks(tmp_path
     run = Run(small(tmp_path / "a", "activation_checkpointing=true", "qat.optimizer.lr=0.0"))
     model = build_model(run.config.model, None, Scheme(), ADAPTERS)
     expected = {k: v.clone() for k, v in model.decoder.state_dict().items()}
-    _, weights = train(run, "qat", tmp_path / "stage", model, SFT(0), run.config.qat, samples())
+    _, weights = train(run, "qat", tmp_path / "stage", model, SFT(0), run.config.training("qat"), samples())
     save_weights(tmp_path, weights)
     saved = weights_of(tmp_path)
     assert saved.keys() == expected.keys() and all(torch.equal(saved[k], expected[k]) for k in saved)
@@ -215,7 +215,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 
 def test_steps_are_epochs_or_max_steps(tmp_path):
-    training = small(tmp_path / "a").qat
+    training = small(tmp_path / "a").training("qat")
     training.epochs, training.max_steps = 2, None
     assert total_steps(training, 25) == 7  # ceil(50 / 8)
     training.max_steps = 5

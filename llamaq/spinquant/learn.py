@@ -65,15 +65,21 @@ class CayleyRotations:
 
     def __init__(self, start: Rotations, device: Any):
         self.r4 = start.r4
-        self.start = [None if r is None else r.float().to(device) for r in (start.r1, start.r2)]
-        self.free = [None if r is None else torch.zeros_like(r, requires_grad=True) for r in self.start]
+        self.start = [None if r is None else r.double().to(device) for r in (start.r1, start.r2)]
+        self.free = [
+            None if r is None else torch.zeros_like(r, dtype=torch.float32, requires_grad=True) for r in self.start
+        ]
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
         """Adam moves every entry by about lr, so a matrix by lr · √n: larger ones take smaller steps."""
         return [{"params": [a], "lr": lr * min(1.0, math.sqrt(256 / a.shape[-1]))} for a in self.free if a is not None]
 
     def __call__(self) -> Rotations:
-        r1, r2 = (None if a is None or r is None else r @ cayley(a) for r, a in zip(self.start, self.free, strict=True))
+        """Float32, orthogonal to its rounding: the solve is in float64, which costs little beside what uses it."""
+        r1, r2 = (
+            None if a is None or r is None else (r @ cayley(a.double())).float()
+            for r, a in zip(self.start, self.free, strict=True)
+        )
         return Rotations(r1, r2, self.r4)
 
 

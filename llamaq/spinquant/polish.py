@@ -19,6 +19,9 @@ from llamaq.quant.scheme import round_to_bf16
 class _ScaledLinear(QuantizedLinear):
     """A frozen linear whose scales are s · (1 + θ)."""
 
+    codes: Tensor
+    start: Tensor
+
     def __init__(self, linear: FrozenLinear):
         super().__init__(linear.in_features, linear.out_features, linear.fmt)
         self.register_buffer("codes", linear.codes)

@@ -53,11 +53,11 @@ def prepare(
             )
         if linear.bias is not None:
             raise UserError(f"{name} has a bias; the scheme has none")
-        _replace(model, name, LatentLinear(linear.weight, scheme.linear if scheme else None))
+        replace(model, name, LatentLinear(linear.weight, scheme.linear if scheme else None))
     old = model.get_submodule(embedding)
     assert isinstance(old, nn.Embedding)
     new = LatentEmbedding(old.weight, scheme.rows if scheme else None)
-    _replace(model, embedding, new)
+    replace(model, embedding, new)
     own = getattr(model, head)
     untied = isinstance(own, nn.Linear)
     setattr(model, head, UntiedHead(LatentEmbedding(own.weight, new.fmt)) if untied else TiedHead(new))
@@ -81,10 +81,10 @@ def freeze(model: nn.Module, head: str = "output") -> nn.Module:
         if isinstance(module, LatentLinear) and module.fmt:
             new = FrozenLinear(*frozen(module), module.fmt)
             new.adapter = module.adapter
-            _replace(model, name, new)
+            replace(model, name, new)
         elif isinstance(module, LatentEmbedding) and module.fmt:
             new = FrozenEmbedding(*frozen(module), module.fmt)
-            _replace(model, name, new)
+            replace(model, name, new)
             own = name.startswith(f"{head}.")
             if own or not isinstance(getattr(model, head), UntiedHead):
                 setattr(model, head, UntiedHead(new) if own else TiedHead(new))
@@ -115,6 +115,8 @@ def is_adapter(name: str) -> bool:
     return ".adapter." in name
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in another's place; what was hooked in front of the old one (SpinQuant's R4) stays there."""
     parent, _, leaf = name.rpartition(".")
+    new._forward_pre_hooks = model.get_submodule(name)._forward_pre_hooks
     setattr(model.get_submodule(parent), leaf, new)

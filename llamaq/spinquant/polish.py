@@ -6,13 +6,12 @@ has the same form and runs as fast. Scales are rounded to bfloat16 in every forw
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llamaq.quant.modules import FrozenLinear, QuantizedLinear
-from llamaq.quant.prepare import quantized_linears
+from llamaq.quant.prepare import quantized_linears, replace
 from llamaq.quant.scheme import round_to_bf16
 
 
@@ -27,7 +26,6 @@ class _ScaledLinear(QuantizedLinear):
         self.register_buffer("codes", linear.codes)
         self.register_buffer("start", linear.scales)
         self.theta = nn.Parameter(torch.zeros_like(linear.scales))
-        self._forward_pre_hooks = linear._forward_pre_hooks
 
     def scales(self) -> Tensor:
         return round_to_bf16(self.start * (1 + self.theta))
@@ -38,9 +36,7 @@ class _ScaledLinear(QuantizedLinear):
 
     def frozen(self) -> FrozenLinear:
         assert self.fmt is not None
-        linear = FrozenLinear(self.codes, self.scales().detach(), self.fmt)
-        linear._forward_pre_hooks = self._forward_pre_hooks
-        return linear
+        return FrozenLinear(self.codes, self.scales().detach(), self.fmt)
 
 
 def polish(
@@ -62,7 +58,7 @@ def polish(
     for name, linear in quantized_linears(decoder).items():
         assert isinstance(linear, FrozenLinear), f"{name} is not frozen"
         scaled[name] = _ScaledLinear(linear)
-        _set(decoder, name, scaled[name])
+        replace(decoder, name, scaled[name])
     gains = [p.requires_grad_() for name, p in decoder.named_parameters() if name.endswith("norm.scale")]
     optimizer = torch.optim.Adam([*(s.theta for s in scaled.values()), *gains], lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 + 0.5 * math.cos(math.pi * t / steps))
@@ -76,10 +72,5 @@ def polish(
         losses.append(value.item())
     decoder.requires_grad_(False)
     for name, linear in scaled.items():
-        _set(decoder, name, linear.frozen())
+        replace(decoder, name, linear.frozen())
     return losses
-
-
-def _set(model: Any, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

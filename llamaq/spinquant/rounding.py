@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llamaq.quant.modules import FrozenLinear
+from llamaq.quant.prepare import replace
 from llamaq.quant.scheme import WeightFormat, choose_scales, dequantize, fake_quantize_activation, quantize
 
 CLIPS = tuple(1.1 - 0.025 * i for i in range(25))  # shares of absmax / 7.5 that the search tries: 1.1 … 0.5
@@ -182,7 +183,7 @@ def round_layers(
                 target = w if cross is None else matching_weight(w, h, cross, how.damping)
                 codes, scales = gptq(target, h, fmt, how)
                 reports.append(_report(f"layers.{i}.{name}", w, h, codes, scales, fmt, how))
-                _freeze(layer, name, codes, scales, fmt)
+                replace(layer, name, FrozenLinear(codes, scales, fmt))
         x = [layer(t.to(device)).to(home) for t in x]
         if exact_layer is not None:
             exact = [exact_layer(t.to(device)).to(home) for t in exact]
@@ -242,11 +243,3 @@ def _report(
     return LinearReport(
         name, proxy_loss(w, *nearest, h, fmt) / size, proxy_loss(w, codes, scales, h, fmt) / size
     )  # fmt: skip
-
-
-def _freeze(layer: nn.Module, name: str, codes: Tensor, scales: Tensor, fmt: WeightFormat) -> None:
-    parent, _, leaf = name.rpartition(".")
-    old = layer.get_submodule(name)
-    new = FrozenLinear(codes, scales, fmt)
-    new._forward_pre_hooks = old._forward_pre_hooks  # R4 stays in front of down_proj
-    setattr(layer.get_submodule(parent), leaf, new)

@@ -1,0 +1,84 @@
+"""Rotated checkpoints through ExecuTorch's own loader; a rotation that is forgotten or contradicted is noticed."""
+
+import json
+
+import pytest
+import torch
+from conftest import MODEL, random_weights
+
+from llamaq.errors import UserError
+from llamaq.evaluate.scores import agreement
+from llamaq.export import pte
+from llamaq.export.meta import load_quantized, save_quantized
+from llamaq.quant.prepare import freeze, prepare
+from llamaq.quant.scheme import Scheme
+from llamaq.spinquant.rotations import Rotations, Shape, attach_online, rotate
+from llamaq.train.model import CausalLM, build_decoder, meta_decoder
+
+TOKENS = torch.arange(3, 40)[None]
+
+
+def saved(folder, which: set[str], hidden: int = 256) -> CausalLM:
+    model = MODEL | {"intermediate_dim": hidden}
+    weights, shape = random_weights(model), Shape.of(meta_decoder(model))
+    r = Rotations.random(shape, which, 0)
+    decoder = prepare(build_decoder(model, rotate(weights, shape, r)), Scheme()).eval()
+    attach_online(decoder, r.r4)
+    freeze(decoder)
+    for linear in (layer.mlp.w2 for layer in decoder.layers):  # pyright: ignore[reportGeneralTypeIssues]
+        assert bool(linear._forward_pre_hooks) == bool(r.r4)
+    quantized: CausalLM = CausalLM(decoder).eval()  # pyright: ignore[reportArgumentType]
+    contract = r.contract() if which else None
+    save_quantized(folder, quantized.decoder, Scheme(), contract, quantized.head)
+    return quantized
+
+
+@pytest.mark.parametrize(
+    ("which", "hidden"),
+    [(set(), 256), ({"r4"}, 256), ({"r2", "r4"}, 256), ({"r1", "r2", "r4"}, 256), ({"r1", "r2", "r4"}, 192),
+     ({"r1", "r2"}, 256)],
+    ids=["none", "r4", "r2_r4", "all", "all in blocks", "offline only"],
+)  # fmt: skip
+@torch.no_grad()
+def test_llamaq_and_executorch_read_the_same_model(tmp_path, which, hidden):
+    ours = saved(tmp_path / "m", which, hidden)(TOKENS)[0]
+    model = MODEL | {"intermediate_dim": hidden}
+    decoder = prepare(build_decoder(model, random_weights(model)), Scheme())
+    back = CausalLM(load_quantized(tmp_path / "m", decoder)).eval()(TOKENS)[0]
+    assert torch.equal(ours, back)
+    eager = pte.load_eager(tmp_path / "m", TOKENS.shape[1])(TOKENS)[0]
+    result = agreement(ours, eager)
+    assert result["relative_error"] < 1e-6 and result["top1"] == 1.0
+    params = json.loads((tmp_path / "m" / "params.json").read_text())
+    assert params["quantization_args"]["spinquant"] is ("r4" in which)
+
+
+@torch.no_grad()
+def test_leaving_the_online_transform_out_is_noticed(tmp_path, monkeypatch):
+    ours = saved(tmp_path / "m", {"r1", "r2", "r4"})(TOKENS)[0]
+    arguments = pte.executorch_arguments
+
+    def without(*a, **k):
+        return [x for x in arguments(*a, **k) if x not in ("--use_spin_quant", "native")] + ["-qat"]
+
+    monkeypatch.setattr(pte, "executorch_arguments", without)
+    wrong = pte.load_eager(tmp_path / "m", TOKENS.shape[1])(TOKENS)[0]
+    assert agreement(ours, wrong)["relative_error"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"spinquant": False}, "contradicts"), ({"rotation": None}, "which rotations"),
+     ({"rotation": {"r1": True, "r2": True, "r4": 128}}, "does not fit")],
+)  # fmt: skip
+def test_a_contradicted_contract_is_refused_everywhere(tmp_path, change, words):
+    saved(tmp_path / "m", {"r1", "r2", "r4"})
+    path = tmp_path / "m" / "params.json"
+    params = json.loads(path.read_text())
+    params["quantization_args"] |= change
+    path.write_text(json.dumps(params))
+    decoder = prepare(build_decoder(MODEL, random_weights()), Scheme())
+    with pytest.raises(UserError, match=words):
+        load_quantized(tmp_path / "m", decoder)
+    with pytest.raises(UserError, match=words):
+        pte.load_eager(tmp_path / "m", 8)

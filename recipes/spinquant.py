@@ -233,11 +233,10 @@ def learn(
         learned = learn_by_noise(noise, start, s.steps, s.lr, bar(f"{name}: learn", "step"))
     if s.refine_steps:
         teacher: Any = build_decoder(c.model, untied).eval().requires_grad_(False).to(device)
-        with torch.no_grad():
-            refined = refine(
-                end_to_end(run.scheme), torch.no_grad()(teacher), learned.rotations, batches, s.refine_steps,
-                s.refine_lr, bar(f"{name}: refine", "step"),
-            )  # fmt: skip
+        refined = refine(
+            end_to_end(run.scheme), teacher, learned.rotations, batches, s.refine_steps, s.refine_lr,
+            bar(f"{name}: refine", "step"),
+        )  # fmt: skip
         learned = Learned(refined.rotations, [*learned.losses, *refined.losses])
     with Tracker(c, run.id, f"candidate_{name}", folder) as tracker:
         for step, loss in enumerate(learned.losses, 1):

@@ -20,7 +20,7 @@ from llamaq.recipes.spinquant import candidate_names, choose, windows
 TUNE = Path(sys.executable).parent / "tune"
 SETTINGS = [s for s in SMALL if not s.startswith("qat")] + [
     "spinquant.calibration.0.num_samples=8", "spinquant.num_selection=4", "spinquant.batch_size=4",
-    "spinquant.steps=6", "spinquant.polish_steps=2", "spinquant.num_seeds=2", "base.epochs=4",
+    "spinquant.steps=6", "spinquant.refine_steps=1", "spinquant.polish_steps=2", "spinquant.num_seeds=2", "base.epochs=4",
 ]  # fmt: skip
 
 

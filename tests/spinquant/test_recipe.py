@@ -20,7 +20,8 @@ from llamaq.recipes.spinquant import candidate_names, choose, windows
 TUNE = Path(sys.executable).parent / "tune"
 SETTINGS = [s for s in SMALL if not s.startswith("qat")] + [
     "spinquant.calibration.0.num_samples=8", "spinquant.num_selection=4", "spinquant.batch_size=4",
-    "spinquant.steps=6", "spinquant.refine_steps=1", "spinquant.polish_steps=2", "spinquant.num_seeds=2", "base.epochs=4",
+    "spinquant.steps=6", "spinquant.refine_steps=1", "spinquant.polish_steps=2", "spinquant.num_seeds=2",
+    "base.epochs=4",
 ]  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def test_calibration_mixes_parts_and_keeps_selection_apart(tmp_path, monkeypatch
     seen = {tuple(w.tolist()) for w in calibration}
     assert not any(tuple(w.tolist()) in seen for w in selection)
     with pytest.raises(UserError, match=r"calibration\[1\].dataset has text for \d+ windows of 96 tokens"):
-        windows(configured(tmp_path, f"spinquant.calibration={parts.replace('3', '3000')}"))
+        windows(configured(tmp_path, f"spinquant.calibration={parts.replace('samples: 3', 'samples: 3000')}"))
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,15 @@ its pre-quantized path is used, every key is accounted for, and the file is comp
 """
 
 import contextlib
+import copy
+import gc
 import io
 import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +29,44 @@ from llamaq.noise import without_native_noise
 _NOT_IN_CHECKPOINT = (".zeros", "kv_cache.k_cache", "kv_cache.v_cache", "mask", "freqs_cos", "freqs_sin")
 
 
+@dataclass(frozen=True)
+class PteOptions:
+    """What may be chosen of a .pte; the rest follows from the checkpoint. All of them run in ExecuTorch 1.4.1."""
+
+    quantize_kv_cache: bool = False  # int8 per token and head: a quarter of the cache's memory, some loss of quality
+    dynamic_shape: bool = True  # prompts in one call; without it one token a call: slower to read, quicker to export
+    full_logits: bool = False  # logits of every token of a call, not of its last one only: for evaluation
+    dtype: str = "fp32"  # of a checkpoint that is not quantized: fp32 or bf16
+
+
 def executorch_arguments(
-    checkpoint: Path, max_seq_length: int, max_context_length: int, output: Path, metadata: dict[str, Any]
-) -> list[str]:
+    checkpoint: Path, max_seq_length: int, max_context_length: int, output: Path, metadata: dict[str, Any],
+    options: PteOptions = PteOptions(),  # noqa: B008 (frozen)
+) -> list[str]:  # fmt: skip
     """The exporter's command line for a checkpoint folder: what a user would type after `export_llama`."""
     params = json.loads((checkpoint / "params.json").read_text())
-    quantization = params["quantization_args"]
     arguments = [
         "--model", "llama3_2",
         "--checkpoint", str(checkpoint / "consolidated.00.pth"),
         "--params", str(checkpoint / "params.json"),
-        "--preq_mode", "8da4w_output_8da8w",
-        "--preq_group_size", str(quantization["group_size"]),
-        "--preq_embedding_quantize", "8,0",
-        "--use_sdpa_with_kv_cache", "-kv", "-X", "--xnnpack-extended-ops", "-d", "fp32",
+        "--use_sdpa_with_kv_cache", "-kv", "-X", "-d", options.dtype,
         "--max_seq_length", str(max_seq_length),
         "--max_context_length", str(max_context_length),
         "--output-dir", str(output.parent),
         "--output_name", output.stem,
         "--metadata", json.dumps(metadata),
+        *(["--quantize_kv_cache"] if options.quantize_kv_cache else []),
+        *([] if options.dynamic_shape else ["--disable_dynamic_shape"]),
+    ]  # fmt: skip
+    if options.dtype == "fp32":
+        arguments += ["--xnnpack-extended-ops"]  # XNNPACK computes in float32
+    if "quantization_args" not in params:
+        return arguments
+    quantization = params["quantization_args"]
+    arguments += [
+        "--preq_mode", "8da4w_output_8da8w",
+        "--preq_group_size", str(quantization["group_size"]),
+        "--preq_embedding_quantize", "8,0",
     ]  # fmt: skip
     if rotation_block(params, feed_forward_width(params), str(checkpoint)):
         return [*arguments, "--use_spin_quant", "native"]
@@ -67,7 +89,7 @@ def online_blocks(checkpoint: Path) -> Iterator[None]:
 
     params = json.loads((checkpoint / "params.json").read_text())
     hidden = feed_forward_width(params)
-    block = rotation_block(params, hidden, str(checkpoint))
+    block = rotation_block(params, hidden, str(checkpoint)) if "quantization_args" in params else 0
     name = "inject_fast_hadamard_transform_native_for_spin_quant"
     theirs = getattr(spin_quant, name)
 
@@ -124,24 +146,87 @@ def check_keys(checkpoint: Path, model: nn.Module) -> None:
             raise UserError(f"{checkpoint}: ExecuTorch's model {what} {len(keys)} keys, e.g. {sorted(keys)[:3]}")
 
 
-def export_pte(checkpoint: Path, output: Path, max_seq_length: int, max_context_length: int, eos_ids: list[int],
-               bos_id: int) -> None:  # fmt: skip
-    """Export `checkpoint` (a folder of `llamaq.export.meta`) to the file `output`.
+def export_pte(
+    checkpoint: Path, output: Path, max_seq_length: int, max_context_length: int, eos_ids: list[int], bos_id: int,
+    options: PteOptions = PteOptions(),  # noqa: B008 (frozen)
+    adapters: dict[str, Path] | None = None,
+) -> None:  # fmt: skip
+    """Export `checkpoint` (a folder of `llamaq.export.meta`, quantized or not) to the file `output`.
+
+    Args:
+        checkpoint: what the method `forward` computes.
+        output: the file to write.
+        max_seq_length: longest prompt in one call.
+        max_context_length: of the KV cache.
+        eos_ids: tokens that end an answer, for the runner.
+        bos_id: the token a prompt begins with.
+        options: of the export.
+        adapters: further methods by name, each a checkpoint with the same codes and adapters of its own. What they
+            have in common is stored once, and they share the KV cache's memory.
 
     Raises:
         UserError: the exporter refused the checkpoint.
     """
     metadata = {"get_bos_id": bos_id, "get_eos_ids": eos_ids}
-    arguments = executorch_arguments(checkpoint, max_seq_length, max_context_length, output, metadata)
-    with quiet() as printed, online_blocks(checkpoint):
+    arguments = executorch_arguments(checkpoint, max_seq_length, max_context_length, output, metadata, options)
+    with quiet() as printed, online_blocks(checkpoint), light_tracing(), adapters_as_methods():
         from executorch.examples.models.llama.export_llama_lib import export_llama
+        from executorch.extension.llm.export.config.llm_config import LoraConfig, MethodConfig
 
+        config = _config(arguments, options.full_logits)
+        if adapters:
+            further = [MethodConfig(name, LoraConfig(str(folder / "consolidated.00.pth"))) for name, folder in adapters.items()]
+            config.multimethod.methods = [MethodConfig("forward"), *further]
+            config.multimethod.share_mutable_buffers = True
         try:
-            written = Path(export_llama(_config(arguments)))
+            written = Path(export_llama(config))
         except (AssertionError, TypeError, ValueError) as e:
             raise UserError(f"ExecuTorch's exporter refused {checkpoint}: {e!r}\n{printed.getvalue()[-2000:]}") from e
     if written.resolve() != output.resolve():
         written.replace(output)
+
+
+@contextlib.contextmanager
+def light_tracing() -> Iterator[None]:
+    """Spare the exporter a fifth of its time, spent on copies and on looking for garbage; the file stays the same.
+
+    Each of some 25,000 times that a node is traced again, torch.fx deep-copies the history of the node it came from.
+    Nobody changes that history, so it may be shared.
+    """
+    from torch.fx.traceback import NodeSource
+
+    threshold = gc.get_threshold()
+    NodeSource.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]
+    gc.set_threshold(100_000, *threshold[1:])
+    try:
+        yield
+    finally:
+        del NodeSource.__deepcopy__  # pyright: ignore[reportAttributeAccessIssue]
+        gc.set_threshold(*threshold)
+
+
+@contextlib.contextmanager
+def adapters_as_methods() -> Iterator[None]:
+    """Let the exporter's methods of one .pte be pre-quantized checkpoints that differ in their adapters.
+
+    It can put several methods in a file, but loads each one's adapters its own way, which a pre-quantized backbone does
+    not know (`export_llama_lib._export_llama_multimethod`). Here the method's "adapter" is a whole checkpoint.
+    """
+    from executorch.examples.models.llama import export_llama_lib
+
+    prepare = export_llama_lib._prepare_for_llama_export
+
+    def prepare_method(config: Any) -> Any:
+        if config.base.lora_config is not None:
+            config = copy.deepcopy(config)
+            config.base.checkpoint, config.base.lora_config = config.base.lora_config.adapter_checkpoint, None
+        return prepare(config)
+
+    export_llama_lib._prepare_for_llama_export = prepare_method
+    try:
+        yield
+    finally:
+        export_llama_lib._prepare_for_llama_export = prepare
 
 
 def check_constants(checkpoint: Path, pte: Path) -> int:
@@ -204,21 +289,31 @@ def quiet() -> Iterator[io.StringIO]:
 
 
 class Pte:
-    """A loaded .pte: `step` runs tokens at a position of the KV cache; `reset` starts anew."""
+    """A loaded .pte: `step` runs tokens at a position of the KV cache; `reset` starts anew.
 
-    def __init__(self, path: Path):
+    Writing at a position makes everything after it void, so going back is exact: attention looks at positions up to
+    the present one only.
+    """
+
+    def __init__(self, path: Path, method: str = "forward"):
         if not path.is_file():
             raise UserError(f"{path}: no such .pte; run export first")
         os.environ.setdefault("ET_LOG_LEVEL", "Error")
+        self.path, self.method = path, method
         with quiet():
             import executorch.extension.llm.custom_ops.custom_ops
             import executorch.kernels.quantized  # noqa: F401  (registers embedding_byte …)
             from executorch.runtime import Runtime
 
             self._program = Runtime.get().load_program(path)
+            if method not in self._program.method_names:
+                known = sorted(n for n in self._program.method_names if not n.startswith(("get_", "use_", "enable_")))
+                raise UserError(f"{path} has no method '{method}'; it has {', '.join(known)}")
             self.reset()
         self.max_seq_length = self.metadata("get_max_seq_len")
         self.max_context_length = self.metadata("get_max_context_len")
+        # ExecuTorch exports dynamic shapes for up to one token less
+        self.max_tokens_per_call = self.max_seq_length - 1 if self.metadata("enable_dynamic_shape") else 1
 
     def metadata(self, name: str) -> Any:
         """A constant the exporter stored, e.g. get_max_seq_len, get_bos_id, get_eos_ids."""
@@ -227,12 +322,19 @@ class Pte:
 
     def reset(self) -> None:
         """Forget the KV cache; its state lives in the loaded method."""
-        self._forward: Any = self._program.load_method("forward")
+        self._forward: Any = self._program.load_method(self.method)
+
+    def rows(self, tokens: list[int], position: int) -> Tensor:
+        """Logits [n, vocab] of one call at `position`: of all tokens if exported with full logits, else of the last."""
+        (logits,) = self._forward.execute((torch.tensor([tokens]), torch.tensor([position])))
+        return logits.reshape(-1, logits.shape[-1]).clone()
 
     def step(self, tokens: list[int], position: int) -> Tensor:
-        """Logits [vocab] after the last of `tokens`, which stand at `position` and after."""
-        (logits,) = self._forward.execute((torch.tensor([tokens]), torch.tensor([position])))
-        return logits.reshape(-1).clone()
+        """Logits [vocab] after the last of `tokens`, which stand at `position` and after, in as few calls as possible."""
+        limit = self.max_tokens_per_call
+        for at in range(0, len(tokens), limit):
+            logits = self.rows(tokens[at : at + limit], position + at)
+        return logits[-1]
 
     def logits(self, tokens: list[int]) -> Tensor:
         """Logits [len(tokens), vocab], one token a call."""
@@ -243,9 +345,7 @@ class Pte:
         """Greedy continuation of a prompt, without the stop token."""
         self.reset()
         prompt = prompt[-(self.max_context_length - max_new_tokens - 1) :]
-        limit = self.max_seq_length - 1
-        for start in range(0, len(prompt), limit):
-            logits = self.step(prompt[start : start + limit], start)
+        logits = self.step(prompt, 0)
         answer: list[int] = []
         while len(answer) < max_new_tokens:
             token = int(logits.argmax())

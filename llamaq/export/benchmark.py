@@ -5,12 +5,12 @@
     python -m llamaq.export.benchmark model.pte --adb --runner llama_main --tokenizer tokenizer.model     on a phone
     python -m llamaq.export.benchmark model.pte model.Q4_0.gguf       llama.cpp beside it (llama-cpp-python)
 
-Each model runs in processes of its own, models taking turns, so that a busy moment of the machine does not fall on one of
-them alone. A process loads the model, warms up once, and then measures `--runs` times: *time to first token*, from the
-prompt's arrival to its next token being known (tokenization not included); *prefill*, prompt tokens over that time;
-*decode*, tokens a second of greedy generation after the first. *Memory* is the process's peak resident set less what it held
-before the model was loaded (Python and libraries, which an app has not); the whole is in the JSON as `peak_bytes`. The
-prompt is of random tokens: no kernel's speed depends on them. Numbers are medians, with the quartiles beside them.
+Each model runs in processes of its own, models taking turns, so that a busy moment of the machine does not fall on
+one of them alone. A process loads the model, warms up once, and then measures `--runs` times: *time to first token*,
+from the prompt's arrival to its next token being known (tokenization not included); *prefill*, prompt tokens over that
+time; *decode*, tokens a second of greedy generation after the first. *Memory* is the process's peak resident set less
+what it held before the model was loaded (Python and libraries, which an app has not); the whole is in the JSON as
+`peak_bytes`. Which tokens the prompt has does not matter to speed. Numbers are medians, quartiles in brackets.
 
 Only the standard library is imported above the workers; nothing of llamaq at all.
 """
@@ -172,7 +172,10 @@ def runner_report(output: str) -> dict[str, float]:
     if not reports:
         sys.exit(f"the runner printed no PyTorchObserver line; it said:\n{output[-2000:]}")
     s = json.loads(reports[-1])
-    prefill, answer = (s["prompt_eval_end_ms"] - s["inference_start_ms"]), s["inference_end_ms"] - s["prompt_eval_end_ms"]
+    prefill, answer = (
+        (s["prompt_eval_end_ms"] - s["inference_start_ms"]),
+        s["inference_end_ms"] - s["prompt_eval_end_ms"],
+    )
     result = {
         "load": (s["model_load_end_ms"] - s["model_load_start_ms"]) / 1e3,
         "first_token": (s["first_token_ms"] - s["inference_start_ms"]) / 1e3,
@@ -226,10 +229,18 @@ def benchmark(
     results: dict[str, dict[str, Any]] = {str(m): {} for m in models}
     for turn in range(rounds):
         for i, model in enumerate(models):
-            print(f"round {turn + 1} of {rounds}, model {i + 1} of {len(models)}: {model} …", file=sys.stderr, flush=True)
+            print(
+                f"round {turn + 1} of {rounds}, model {i + 1} of {len(models)}: {model} …", file=sys.stderr, flush=True
+            )
             for key, values in _in_own_process(model, prompt_tokens, new_tokens, runs, threads).items():
                 results[str(model)].setdefault(key, []).extend(values)
-    settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs, "rounds": rounds, "threads": threads}
+    settings = {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "runs": runs,
+        "rounds": rounds,
+        "threads": threads,
+    }
     return finish(results, settings, cpu_name())
 
 
@@ -278,7 +289,9 @@ def markdown(result: dict[str, Any], names: dict[str, str] | None = None) -> str
             scale = 2**20 if unit == "MiB" else 1
             middle, low, high = (v / scale for v in summary(model[key]))
             spread = f" [{low:{form}}, {high:{form}}]" if high > low else ""
-            ratio = "" if model is first or not first.get(key) else f" **{middle * scale / summary(first[key])[0]:.2f}×**"
+            ratio = (
+                "" if model is first or not first.get(key) else f" **{middle * scale / summary(first[key])[0]:.2f}×**"
+            )
             cells.append(f"{middle:{form}}{spread}{ratio}")
         rows.append(cells)
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)

@@ -41,7 +41,7 @@ class PteOptions:
 
 def executorch_arguments(
     checkpoint: Path, max_seq_length: int, max_context_length: int, output: Path, metadata: dict[str, Any],
-    options: PteOptions = PteOptions(),  # noqa: B008 (frozen)
+    options: PteOptions = PteOptions(),
 ) -> list[str]:  # fmt: skip
     """The exporter's command line for a checkpoint folder: what a user would type after `export_llama`."""
     params = json.loads((checkpoint / "params.json").read_text())
@@ -148,7 +148,7 @@ def check_keys(checkpoint: Path, model: nn.Module) -> None:
 
 def export_pte(
     checkpoint: Path, output: Path, max_seq_length: int, max_context_length: int, eos_ids: list[int], bos_id: int,
-    options: PteOptions = PteOptions(),  # noqa: B008 (frozen)
+    options: PteOptions = PteOptions(),
     adapters: dict[str, Path] | None = None,
 ) -> None:  # fmt: skip
     """Export `checkpoint` (a folder of `llamaq.export.meta`, quantized or not) to the file `output`.
@@ -175,7 +175,9 @@ def export_pte(
 
         config = _config(arguments, options.full_logits)
         if adapters:
-            further = [MethodConfig(name, LoraConfig(str(folder / "consolidated.00.pth"))) for name, folder in adapters.items()]
+            further = [
+                MethodConfig(name, LoraConfig(str(folder / "consolidated.00.pth"))) for name, folder in adapters.items()
+            ]
             config.multimethod.methods = [MethodConfig("forward"), *further]
             config.multimethod.share_mutable_buffers = True
         try:
@@ -330,7 +332,7 @@ class Pte:
         return logits.reshape(-1, logits.shape[-1]).clone()
 
     def step(self, tokens: list[int], position: int) -> Tensor:
-        """Logits [vocab] after the last of `tokens`, which stand at `position` and after, in as few calls as possible."""
+        """Logits [vocab] after the last of `tokens`, which stand at `position` and after, in as few calls as can be."""
         limit = self.max_tokens_per_call
         for at in range(0, len(tokens), limit):
             logits = self.rows(tokens[at : at + limit], position + at)

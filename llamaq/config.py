@@ -95,11 +95,17 @@ class SpinQuantConfig:
 class ExportConfig:
     """The .pte, and the gates it has to pass."""
 
+    stage: str = "qat_dpo"  # which ships: qat_dpo; qat_lora, whose backbone other adapters can share; or qat
     max_seq_length: int = 2048  # longest prompt in one call
     max_context_length: int = 2048  # KV cache length
     prompt: str = "Hello, who are you?"  # answered by the exported file, for the report
     chat: bool = True  # put the prompt into the chat template; false for models of plain text
     max_new_tokens: int = 48
+    quantize_kv_cache: bool = False  # int8 per token and head: a quarter of the cache's memory, some loss of quality
+    dynamic_shape: bool = True  # prompts in one call; false: one token a call, slower to read, quicker to export
+    full_logits: bool = False  # logits of every token of a call: quicker to evaluate, not for phones
+    adapters: dict[str, str] = field(default_factory=dict)  # method of the .pte → PEFT folder for the same backbone
+    baseline_dtype: str = "bf16"  # of what is exported in full precision to compare with: bf16 or fp32
     gate_tokens: int = 128  # held-out tokens the hand-overs are compared on
     max_relative_error: float = 1e-4  # of a hand-over's logits; for the .pte of the median token's, see pte_gates
     min_top1_agreement: float = 1.0
@@ -114,6 +120,19 @@ class EvaluateConfig:
     batch_size: int = 8
     max_samples: int | None = None
     control: bool = True  # also train the BF16 control: the same stages without quantization (doubles training)
+    # bf16, ptq, control, ptq_control, qat, qat_lora, final, spinquant; with .pte the exported file itself. Unset: all
+    # there are, and as files what ships and bf16.pte. A file is exported if need be.
+    models: list[str] | None = None
+    file_tokens: int = 2048  # of the held-out text, read through each .pte
+    sensitivity_samples: int = 0  # held-out samples for the map of what quantizing each linear costs; 0: none
+    tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness, e.g. [mmlu, arc_challenge, gsm8k]
+    tasks_dir: str | None = None  # folder of task files (YAML) of your own
+    task_limit: int | None = None  # questions of a task
+    num_fewshot: int | None = None  # unset: the task's own
+    speed: bool = True  # measure size, speed and memory of the .pte files on this machine
+    speed_prompt_tokens: int = 64  # as in Meta's table
+    speed_new_tokens: int = 64
+    threads: int | None = None  # unset: all CPUs
 
 
 @dataclass
@@ -381,6 +400,21 @@ def _check_values(c: Config) -> None:
     deepspeed_settings(c)
     modes = (None, "online", "offline", "disabled")
     need(c.wandb.mode in modes, f"wandb.mode={c.wandb.mode}: choose online, offline or disabled")
+    need(
+        c.export.stage in ("qat", "qat_lora", "qat_dpo"),
+        f"export.stage={c.export.stage}: choose qat, qat_lora or qat_dpo",
+    )
+    need(
+        c.export.baseline_dtype in ("bf16", "fp32"),
+        f"export.baseline_dtype={c.export.baseline_dtype}: choose bf16 or fp32",
+    )
+    for name in c.export.adapters:
+        need(
+            name.isidentifier() and name != "forward" and not name.startswith(("get_", "use_")),
+            f"export.adapters.{name}: a method's name is letters, digits and _, and not one the file has anyway",
+        )
+    for key in ("file_tokens", "speed_prompt_tokens", "speed_new_tokens"):
+        need(getattr(c.evaluate, key) >= 1, f"evaluate.{key}={getattr(c.evaluate, key)}: must be at least 1")
     need(
         c.export.max_context_length >= c.export.max_seq_length,
         f"export.max_context_length={c.export.max_context_length} is below "

@@ -1,23 +1,48 @@
-"""Evaluate every step of the chain on held-out text, and write the report.
+"""What every model of a run is worth: quality, agreement, tasks, size and speed, and where the loss comes from.
 
-    tune run evaluate --config llama3_2/1B_qat_lora_dpo [key=value …]        (after `tune run export_executorch`)
+    tune run evaluate --config llama3_2/1B_qat_lora_dpo [key=value …]        (after the chain, or `tune run spinquant`)
+    tune run evaluate --config … evaluate.tasks=[mmlu,arc_challenge,gsm8k] evaluate.models=[bf16,ptq,final,final.pte]
 
-Perplexity, KL and top-1 agreement for: the BF16 start and vanilla PTQ of it; the BF16 control (trained alike without
-quantization) and PTQ of that; QAT; QAT + LoRA; the final model. The report is `report/report.md`, its plots beside it.
+    evaluate           held-out loss, KL and agreement of the models as llamaq computes them
+    export_NAME        .pte files of models that do not ship, where evaluate.models asks for NAME.pte
+    files              the same numbers read through each .pte, and agreement of the forms that what ships takes
+    sensitivity        what quantizing each linear costs
+    tasks_NAME         lm-evaluation-harness, on models and on .pte files
+    speed              size, speed and memory of the .pte files on this machine
+    report             report.md, plots, report.json, and README.md, the model card
+
+NAME is bf16 (what the run starts from), ptq (that, rounded to nearest), control and ptq_control (trained alike without
+quantization), qat, qat_lora, final, spinquant. Stages that are up to date are kept, so asking for more costs only that.
 """
 
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import llamaq
+from llamaq.config import Config
+from llamaq.errors import UserError
 from llamaq.evaluate import plots, report
-from llamaq.evaluate.scores import Scores, score, share_won_back
-from llamaq.pipeline import Run, from_rank_zero, package_versions, say
+from llamaq.evaluate.harness import check_tasks, eager_lm, pte_lm, run_tasks
+from llamaq.evaluate.scores import Scores, agreement, score, score_file, share_won_back
+from llamaq.evaluate.sensitivity import advice, divergence, sensitivity
+from llamaq.export.benchmark import benchmark
+from llamaq.export.pte import Pte, load_eager
+from llamaq.pipeline import Run, from_rank_zero, package_versions, say, sha256_file
 from llamaq.quant.prepare import merge_adapters
-from llamaq.recipes.export_executorch import final_model, on_rank_zero
+from llamaq.recipes.export_executorch import (
+    GATE_CONTEXT,
+    export_model,
+    final_model,
+    gate_tokens,
+    on_rank_zero,
+    trained_model,
+)
 from llamaq.recipes.qat import qat
 from llamaq.recipes.qat_lora import qat_lora
 from llamaq.runner import main
@@ -28,73 +53,295 @@ from llamaq.train.model import CausalLM, build_model, pick_device
 from llamaq.train.stages import loss_curve, start_inputs, start_weights, tokenizer_of, weights_of
 
 
-def candidates(run: Run) -> dict[str, Callable[[], CausalLM]]:
-    """How to build each model of the report, one at a time, float32 on the CPU."""
+@dataclass
+class Candidate:
+    """How to build a model, float32 on the CPU, and what it is made of."""
+
+    make: Callable[[], CausalLM]
+    inputs: list[Path]
+
+
+@dataclass
+class Models:
+    """The models of a run: which there are, which one ships, and in which contexts its .pte is compared."""
+
+    known: dict[str, Candidate]
+    shipped: str
+    source: str  # the stage whose model/ holds its codes
+    context: int = GATE_CONTEXT
+
+    def wanted(self, c: Config) -> list[str]:
+        """`evaluate.models`, or all there are and, as files, what ships and its BF16 baseline."""
+        return wanted_models(c, list(self.known), self.shipped)
+
+    def files(self, c: Config) -> list[str]:
+        """The names of those that are to be measured as .pte files."""
+        return [n.removesuffix(".pte") for n in self.wanted(c) if n.endswith(".pte")]
+
+
+def wanted_models(c: Config, known: list[str], shipped: str) -> list[str]:
+    """See `Models.wanted`.
+
+    Raises:
+        UserError: a name that the run does not have.
+    """
+    names = c.evaluate.models or [*known, "bf16.pte", f"{shipped}.pte"]
+    for name in names:
+        if name.removesuffix(".pte") not in known:
+            raise UserError(
+                f"evaluate.models: this run has no '{name}'; it has {', '.join(known)}, each also as NAME.pte"
+            )
+    return names
+
+
+def chain_names(c: Config) -> tuple[list[str], str]:
+    """Names of the chain's models, and of the one that ships."""
+    stages = ["qat", "qat_lora", "final"][: ["qat", "qat_lora", "qat_dpo"].index(c.export.stage) + 1]
+    names = ["bf16", "ptq", *(["control", "ptq_control"] if c.evaluate.control else []), *stages]
+    return names, stages[-1]
+
+
+def chain_models(run: Run) -> Models:
+    """The models of the training chain."""
     c, scheme = run.config, run.scheme
-    adapters = (c.adapters.rank, c.adapters.alpha)
 
     def control(scheme: Any) -> CausalLM:
         weights = weights_of(run.path("control_qat"), run.path("control_lora"))
-        merged = merge_adapters(build_model(c.model, weights, None, adapters))
+        merged = merge_adapters(build_model(c.model, weights, None, (c.adapters.rank, c.adapters.alpha)))
         return build_model(c.model, merged.get_submodule("decoder").state_dict(), scheme)
 
-    def two() -> CausalLM:
-        return build_model(c.model, weights_of(run.path("qat"), run.path("qat_lora")), scheme, adapters, frozen=True)
-
-    models: dict[str, Callable[[], CausalLM]] = {
-        "bf16": lambda: build_model(c.model, start_weights(c), None),
-        "ptq": lambda: build_model(c.model, start_weights(c), scheme),
-        "control": lambda: control(None),
-        "ptq_control": lambda: control(scheme),
-        "qat": lambda: build_model(c.model, weights_of(run.path("qat")), scheme),
-        "qat_lora": two,
-        "final": lambda: final_model(run),
+    stages = {"qat": ["qat"], "qat_lora": ["qat", "qat_lora"], "final": ["qat_dpo"]}
+    controls = [run.path("control_qat"), run.path("control_lora")]
+    every = {
+        "bf16": Candidate(lambda: build_model(c.model, start_weights(c), None), start_inputs(c)),
+        "ptq": Candidate(lambda: build_model(c.model, start_weights(c), scheme), start_inputs(c)),
+        "control": Candidate(lambda: control(None), controls),
+        "ptq_control": Candidate(lambda: control(scheme), controls),
+        "qat": Candidate(lambda: trained_model(run, "qat"), [run.path("qat")]),
+        "qat_lora": Candidate(
+            lambda: trained_model(run, "qat_lora", frozen=True), [run.path(s) for s in stages["qat_lora"]]
+        ),
+        "final": Candidate(lambda: final_model(run), [run.path("qat_dpo")]),
     }
-    return models if c.evaluate.control else {k: v for k, v in models.items() if "control" not in k}
+    names, shipped = chain_names(c)
+    return Models({n: every[n] for n in names}, shipped, "convert")
+
+
+def check(c: Config, known: list[str], shipped: str) -> None:
+    """Find what is wrong with the evaluation's settings before anything is trained."""
+    wanted_models(c, known, shipped)
+    if c.evaluate.tasks:
+        check_tasks(c.evaluate.tasks, _tasks_dir(c))
+
+
+def _tasks_dir(c: Config) -> Path | None:
+    return Path(c.evaluate.tasks_dir) if c.evaluate.tasks_dir else None
 
 
 def evaluate(run: Run) -> Path:
-    """Scores of every model, against the BF16 start and the control."""
+    """Scores of every model of the chain, against the BF16 start and the control."""
     c = run.config
     if c.evaluate.control:
         qat(run, control=True)
         qat_lora(run, control=True)
-    stages = ["qat", "qat_lora", "qat_dpo", *(["control_qat", "control_lora"] if c.evaluate.control else [])]
-    inputs = [*start_inputs(c), *(run.need(s) for s in stages)]
+    models = chain_models(run)
 
     def build(folder: Path) -> dict[str, Any]:
-        scores = score_all(run, candidates(run))
+        scores = score_all(run, models)
         shares = {}
-        if c.evaluate.control:
+        if {"control", "ptq_control", "qat_lora"} <= set(scores):
             # only stage 2 has seen what the control has: stage 1 fewer steps, stage 3 other data
             shares = {"qat_lora": share_won_back(scores["ptq_control"], scores["qat_lora"], scores["control"])}
-        return {
-            "samples": len(scores["bf16"].tokens),
-            "tokens": int(scores["bf16"].tokens.sum()),
-            "scores": {k: s.means() for k, s in scores.items()},
-            "shares": shares,
-        }
+        return score_metrics(scores) | {"shares": shares}
 
-    settings = {"evaluate": c.evaluate, "model": c.model, "tokenizer": c.tokenizer, "adapters": c.adapters}
-    return run.stage("evaluate", on_rank_zero(build), settings, inputs)
+    return score_stage(run, models, build)
 
 
-def score_all(run: Run, models: dict[str, Callable[[], CausalLM]]) -> dict[str, Scores]:
+def score_stage(run: Run, models: Models, build: Callable[[Path], dict[str, Any]]) -> Path:
+    """The stage `evaluate`, whatever else it computes from the scores."""
+    c, names = run.config, eager_names(run.config, models)
+    settings = {
+        "dataset": c.evaluate.dataset, "max_samples": c.evaluate.max_samples, "model": c.model,
+        "tokenizer": c.tokenizer, "adapters": c.adapters, "models": names,
+    }  # fmt: skip
+    return run.stage("evaluate", on_rank_zero(build), settings, inputs_of(models, names))
+
+
+def eager_names(c: Config, models: Models) -> list[str]:
+    """The models to score; references always, as the others are compared with them."""
+    wanted = models.wanted(c)
+    return [n for n in models.known if n in wanted or n in ("bf16", "control")]
+
+
+def inputs_of(models: Models, names: list[str]) -> list[Path]:
+    return list(dict.fromkeys(p for n in names for p in models.known[n].inputs))
+
+
+def score_all(run: Run, models: Models) -> dict[str, Scores]:
     """Per-sample scores of every model; the references stay in memory, the others come and go."""
     c, device = run.config, pick_device(run.config.device)
     tokenizer = tokenizer_of(c)
-    dataset = build_dataset(c.evaluate.dataset, tokenizer, "evaluate.dataset")
-    samples = [dataset[i] for i in range(min(len(dataset), c.evaluate.max_samples or len(dataset)))]
-    references = {k: models[k]().eval().to(device) for k in ("bf16", "control") if k in models}
+    samples = heldout_samples(run, c.evaluate.max_samples)
+    names = eager_names(c, models)
+    references = {k: models.known[k].make().eval().to(device) for k in ("bf16", "control") if k in names}
     scores = {}
-    for name, make in models.items():
-        model = references[name] if name in references else make().eval().to(device)
+    for name in names:
+        model = references[name] if name in references else models.known[name].make().eval().to(device)
         scores[name] = score(
             model, references, samples, lambda s: collate_sft(s, tokenizer.pad_id), c.evaluate.batch_size, name
         )
         del model
         gc.collect()
     return scores
+
+
+def score_metrics(scores: dict[str, Scores]) -> dict[str, Any]:
+    tokens = scores["bf16"].tokens
+    return {
+        "samples": len(tokens),
+        "tokens": int(tokens.sum()),
+        "scores": {k: s.means() for k, s in scores.items()},
+    }
+
+
+def heldout_samples(run: Run, limit: int | None) -> list[Any]:
+    dataset = build_dataset(run.config.evaluate.dataset, tokenizer_of(run.config), "evaluate.dataset")
+    return [dataset[i] for i in range(min(len(dataset), limit or len(dataset)))]
+
+
+# --- the exported files ----------------------------------------------------------------------------------------------
+
+
+def file_of(run: Run, models: Models, name: str) -> Path:
+    """The stage folder that holds the .pte of a model, exported now if it does not ship."""
+    if name == models.shipped:
+        return run.need("export")
+    known = models.known[name]
+    return export_model(run, name, lambda: known.make().eval(), known.inputs, models.context)
+
+
+def measure(run: Run, models: Models) -> list[str]:
+    """All that is measured beyond the scores; returns the names of the stages."""
+    c = run.config
+    folders = {name: file_of(run, models, name) for name in models.files(c)}
+    stages = [f.name for f in folders.values()]
+    if folders:
+        stages.append(score_files(run, models, folders).name)
+        if c.evaluate.speed:
+            stages.append(speed(run, folders).name)
+    if c.evaluate.sensitivity_samples:
+        stages.append(sensitivities(run, models).name)
+    if c.evaluate.tasks:
+        stages += [tasks(run, models, name).name for name in models.wanted(c)]
+    return list(dict.fromkeys(stages))
+
+
+def score_files(run: Run, models: Models, folders: dict[str, Path]) -> Path:
+    """Held-out text read through each .pte, beside the same text read by the same model as llamaq computes it."""
+    c = run.config
+
+    @torch.no_grad()
+    def build(folder: Path) -> dict[str, Any]:
+        tokenizer, samples = tokenizer_of(c), heldout_samples(run, None)
+        bf16 = models.known["bf16"].make().eval()
+        scores: dict[str, dict[str, Any]] = {}
+        for name, exported in folders.items():
+            own = models.known[name].make().eval()
+            pte = Pte(exported / "model.pte")
+            read = score_file(
+                pte.logits, {"bf16": bf16, "own": own}, samples, lambda s: collate_sft(s, tokenizer.pad_id),
+                c.evaluate.file_tokens, pte.max_context_length, f"{name}.pte",
+            )  # fmt: skip
+            n = len(read.tokens)
+            eager = score(own, {}, samples[:n], lambda s: collate_sft(s, tokenizer.pad_id), c.evaluate.batch_size, name)
+            scores[name] = read.means() | {
+                "eager_nll": eager.means()["nll"], "samples": n, "tokens": int(read.tokens.sum()),
+                "sha256": sha256_file(exported / "model.pte"),
+            }  # fmt: skip
+        tokens = gate_tokens(run)
+        return {"scores": scores, **forms(run, models, folders, bf16, tokens)}
+
+    settings = {
+        "dataset": c.evaluate.dataset,
+        "file_tokens": c.evaluate.file_tokens,
+        "gate_tokens": c.export.gate_tokens,
+    }
+    return run.stage("files", on_rank_zero(build), settings, [*folders.values(), *inputs_of(models, ["bf16"])])
+
+
+def forms(
+    run: Run, models: Models, folders: dict[str, Path], bf16: CausalLM, tokens: list[int]
+) -> dict[str, Any]:  # fmt: skip
+    """What ships in all the forms it takes: each against each, and by block how far the residual stream is off."""
+    shipped, t = models.known[models.shipped].make().eval(), torch.tensor([tokens])
+    eager = load_eager(run.path(models.source) / "model", len(tokens))
+    logits = {"bf16": bf16(t)[0], "fake-quantized": shipped(t)[0], "converted": eager(t)[0]}
+    if models.shipped in folders:
+        logits[".pte"] = Pte(folders[models.shipped] / "model.pte").logits(tokens)
+    pairs = {a: {b: agreement(logits[a], logits[b]) for b in logits} for a in logits}
+    blocks = {
+        "BF16 → fake-quantized": divergence(bf16, shipped, ("decoder.layers", "decoder.layers"), t),
+        "fake-quantized → converted": divergence(shipped, eager, ("decoder.layers", "layers"), t),
+    }
+    return {"pairs": pairs, "blocks": blocks}
+
+
+def speed(run: Run, folders: dict[str, Path]) -> Path:
+    """Size, speed and memory of the .pte files, each in processes of its own."""
+    e = run.config.evaluate
+
+    def build(folder: Path) -> dict[str, Any]:
+        say("measuring speed: leave the machine alone meanwhile …")
+        files = {name: f / "model.pte" for name, f in folders.items()}
+        result = benchmark(list(files.values()), e.speed_prompt_tokens, e.speed_new_tokens, threads=e.threads)
+        result["models"] = {name: result["models"][str(path)] for name, path in files.items()}
+        return result
+
+    settings = {"prompt_tokens": e.speed_prompt_tokens, "new_tokens": e.speed_new_tokens, "threads": e.threads}
+    return run.stage("speed", on_rank_zero(build), settings, list(folders.values()))
+
+
+# --- where the loss comes from, and tasks ----------------------------------------------------------------------------
+
+
+def sensitivities(run: Run, models: Models) -> Path:
+    """What quantizing each linear of the BF16 model costs, alone and left out."""
+    c = run.config
+
+    def build(folder: Path) -> dict[str, Any]:
+        device = pick_device(c.device)
+        samples = heldout_samples(run, c.evaluate.sensitivity_samples)
+        batches = [torch.tensor([s["tokens"]], device=device) for s in samples]
+        s = sensitivity(models.known["ptq"].make().eval().to(device), batches)
+        return {**asdict(s), "advice": advice(s), "samples": len(samples), "tokens": sum(b.numel() for b in batches)}
+
+    settings = {"dataset": c.evaluate.dataset, "samples": c.evaluate.sensitivity_samples, "model": c.model}
+    return run.stage("sensitivity", on_rank_zero(build), settings, inputs_of(models, ["ptq"]))
+
+
+def tasks(run: Run, models: Models, name: str) -> Path:
+    """lm-evaluation-harness on one model, or on one .pte file."""
+    c = run.config
+    key = name.removesuffix(".pte")
+    source = [file_of(run, models, key)] if name.endswith(".pte") else models.known[key].inputs
+
+    def build(folder: Path) -> dict[str, Any]:
+        tokenizer, e = tokenizer_of(c), c.evaluate
+        say(f"tasks of {name}: {', '.join(e.tasks)} …")
+        if name.endswith(".pte"):
+            file = source[0] / "model.pte"
+            lm = pte_lm(Pte(file), tokenizer)
+            what = {"file": file.name, "sha256": sha256_file(file)}
+        else:
+            model = models.known[key].make().eval().to(pick_device(c.device))
+            lm = eager_lm(model, tokenizer, c.export.max_context_length, e.batch_size)
+            what = {"file": None, "sha256": None}
+        return what | {"results": run_tasks(lm, e.tasks, _tasks_dir(c), e.task_limit, e.num_fewshot, c.seed)}
+
+    e = c.evaluate
+    settings = {"tasks": e.tasks, "tasks_dir": e.tasks_dir, "limit": e.task_limit, "num_fewshot": e.num_fewshot,
+                "tokenizer": c.tokenizer, "max_length": c.export.max_context_length}  # fmt: skip
+    return run.stage(f"tasks_{name}", on_rank_zero(build), settings, source)
 
 
 def write_report(run: Run) -> Path:

@@ -2,25 +2,49 @@
 
     tune run export_executorch --config llama3_2/1B_qat_lora_dpo [key=value …]        (after `tune run qat_dpo`)
 
+With `export.adapters` the file has a method for each further set of adapters trained on the same backbone.
+
 `convert/model/` loads in ExecuTorch (`export_llama -qat -lora 16 --preq_mode 8da4w_output_8da8w …`) and in
 llama-models; `convert/adapter/` holds the adapters for PEFT; `export/model.pte` runs on XNNPACK and KleidiAI. Every
 hand-over is measured, fake-quantized → converted → ExecuTorch's eager model → .pte, and the chain stops where a gate
 (`export.max_relative_error`, `export.min_top1_agreement`) is missed.
 """
 
+import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llamaq.config import Config
 from llamaq.errors import UserError
 from llamaq.evaluate.scores import agreement
-from llamaq.export.meta import load_quantized, save_peft, save_quantized
-from llamaq.export.pte import Pte, check_constants, export_pte, load_eager
-from llamaq.pipeline import Run, from_rank_zero, say
+from llamaq.export.meta import (
+    BACKBONE,
+    backbone_hash,
+    load_peft,
+    load_quantized,
+    model_params,
+    save_float,
+    save_peft,
+    save_pth,
+    save_quantized,
+)
+from llamaq.export.pte import (
+    Pte,
+    PteOptions,
+    check_constants,
+    eager_cached_logits,
+    export_pte,
+    load_eager,
+    size_parts,
+)
+from llamaq.pipeline import Run, from_rank_zero, say, sha256_file, write_json
+from llamaq.quant.prepare import freeze, quantized_linears
 from llamaq.runner import main
 from llamaq.train.data import build_dataset
 from llamaq.train.model import CausalLM, build_model
@@ -29,11 +53,18 @@ from llamaq.train.stages import tokenizer_of, weights_of
 GATE_CONTEXT = 8  # tokens of a short context: long enough for attention to matter, short enough to stay unperturbed
 
 
-def final_model(run: Run, frozen: bool = False) -> CausalLM:
-    """The model after stage 3, float32 on the CPU, latent (fake-quantized) or frozen."""
+def trained_model(run: Run, stage: str, frozen: bool = False) -> CausalLM:
+    """The model after qat, qat_lora or qat_dpo, float32 on the CPU, latent (fake-quantized) or frozen."""
     c = run.config
-    weights = weights_of(run.path("qat_dpo"))
-    return build_model(c.model, weights, run.scheme, (c.adapters.rank, c.adapters.alpha), frozen=frozen).eval()
+    adapters = None if stage == "qat" else (c.adapters.rank, c.adapters.alpha)
+    parts = ("qat", "qat_lora") if stage == "qat_lora" else (stage,)  # DPO trains both, and keeps both
+    weights = weights_of(*(run.path(p) for p in parts))
+    return build_model(c.model, weights, run.scheme, adapters, frozen=frozen).eval()
+
+
+def final_model(run: Run, frozen: bool = False) -> CausalLM:
+    """What ships: the model after `export.stage`, likewise."""
+    return trained_model(run, run.config.export.stage, frozen)
 
 
 def gate_tokens(run: Run) -> list[int]:
@@ -74,7 +105,7 @@ def check_gate(run: Run, what: str, result: dict[str, float], *names: str) -> di
 
 
 def pte_gates(
-    run: Run, pte: Pte, tokens: list[int], model: CausalLM, context: int = GATE_CONTEXT
+    run: Run, pte: Pte, tokens: list[int], logits_of: Callable[[list[int]], Tensor], context: int = GATE_CONTEXT
 ) -> dict[str, dict[str, float]]:
     """The .pte against the fake-quantized model: on contexts of a few tokens, and on one long context.
 
@@ -86,10 +117,10 @@ def pte_gates(
     evenly over the levels, so more of them lie near a border (4 layers: one token in four): its contexts are one token.
     """
     windows = [tokens[i : i + context] for i in range(0, len(tokens), context)]
-    short = [(model(torch.tensor([w]))[0], pte.logits(w)) for w in windows]
+    short = [(logits_of(w), pte.logits(w)) for w in windows]
     expected, logits = (torch.cat(side) for side in zip(*short, strict=True))
-    long = agreement(model(torch.tensor([tokens]))[0], pte.logits(tokens))
-    what = "fake-quantized → .pte"
+    long = agreement(logits_of(tokens), pte.logits(tokens))
+    what = f"what was trained → {pte.path.name}"
     return {
         "pte": check_gate(run, f"{what}, contexts of {context}", agreement(expected, logits), "token_error", "top1"),
         "pte_long": check_gate(run, f"{what}, one context of {len(tokens)}", long, "kl"),
@@ -100,16 +131,19 @@ def pte_gates(
 def convert(run: Run) -> Path:
     """Integer codes and scales, bf16 adapters, params.json and the tokenizer; checked by reading the files back."""
     c = run.config
-    trained = run.need("qat_dpo")
+    parts = ["qat", "qat_lora"] if c.export.stage == "qat_lora" else [c.export.stage]
+    trained = [run.need(p) for p in parts]
 
     def build(folder: Path) -> dict[str, Any]:
         latent, tokens = final_model(run), torch.tensor([gate_tokens(run)])
         expected = latent(tokens)[0]
         shipped = final_model(run, frozen=True)
         save_quantized(folder / "model", shipped.decoder, run.scheme)
-        save_peft(folder / "adapter", shipped.decoder, c.adapters.rank, c.adapters.alpha)
+        if c.export.stage != "qat":
+            save_peft(folder / "adapter", shipped.decoder, c.adapters.rank, c.adapters.alpha)
+            write_json(folder / "adapter" / BACKBONE, {"sha256": backbone_hash(folder / "model")})
         copy_tokenizer(c, folder / "model")
-        read_back = load_quantized(folder / "model", build_model(c.model, weights_of(trained), run.scheme).decoder)
+        read_back = load_quantized(folder / "model", build_model(c.model, weights_of(*trained), run.scheme).decoder)
         eager = load_eager(folder / "model", len(tokens[0]))
         return {
             name: check_gate(run, f"fake-quantized → {what}", agreement(expected, logits), "relative_error", "top1")
@@ -120,7 +154,7 @@ def convert(run: Run) -> Path:
         }
 
     settings = {"tokenizer": c.tokenizer, "model": c.model, "adapters": [c.adapters.rank, c.adapters.alpha]}
-    return run.stage("convert", on_rank_zero(build), settings | gate_settings(run), [trained])
+    return run.stage("convert", on_rank_zero(build), settings | gate_settings(run), trained)
 
 
 def copy_tokenizer(c: Config, folder: Path) -> None:
@@ -144,31 +178,109 @@ def export(
     """
     c = run.config
     converted = run.need(source)
+    adapters = {name: Path(folder) for name, folder in c.export.adapters.items()}
 
     def build(folder: Path) -> dict[str, Any]:
         e, tokenizer, pte_file = c.export, tokenizer_of(c), folder / "model.pte"
-        say(f"exporting {pte_file.name} with ExecuTorch (about a minute for a tiny model, 15 for 1B) …")
-        export_pte(
-            converted / "model", pte_file, e.max_seq_length, e.max_context_length,
-            eos_ids=list(tokenizer.stop_tokens), bos_id=tokenizer.bos_id,
-        )  # fmt: skip
-        constants = check_constants(converted / "model", pte_file)
-        say(f"{pte_file.name} holds all {constants} tensors of the checkpoint bit for bit")
-        pte = Pte(pte_file)
-        results = pte_gates(run, pte, gate_tokens(run), model(run), context)
+        methods = {n: with_adapters(converted / "model", a, folder / "methods" / n) for n, a in adapters.items()}
+        result = export_checked(run, converted / "model", pte_file, model(run), context, methods)
+        for name, checkpoint in methods.items():
+            result["hand_overs"][f"pte/{name}"] = check_method(run, checkpoint, pte_file, name, context)
+            shutil.rmtree(checkpoint)  # all of it is in the .pte
         prompt = prompt_tokens(tokenizer, e.prompt, e.chat)
-        answer = tokenizer.decode(pte.generate(prompt, e.max_new_tokens, list(tokenizer.stop_tokens)))
+        answer = tokenizer.decode(Pte(pte_file).generate(prompt, e.max_new_tokens, list(tokenizer.stop_tokens)))
         say(f"{e.prompt} → {answer}")
-        return {
-            "hand_overs": results,
-            "constants": constants,
-            "bytes": pte_file.stat().st_size,
-            "prompt": e.prompt,
-            "answer": answer,
-        }
+        return result | {"prompt": e.prompt, "answer": answer}
 
     settings = {"export": c.export, "tokenizer": c.tokenizer} | gate_settings(run)
-    return run.stage("export", on_rank_zero(build), settings, [converted])
+    return run.stage("export", on_rank_zero(build), settings, [converted, *adapters.values()])
+
+
+@torch.no_grad()
+def export_model(run: Run, name: str, make: Callable[[], CausalLM], inputs: list[Path], context: int) -> Path:
+    """A model of the run that does not ship, as `export_NAME/model.pte`, through the same gates.
+
+    Quantized ones as what ships is; one in full precision in `export.baseline_dtype`, whose rounding is reported, not
+    gated.
+    """
+    c = run.config
+
+    def build(folder: Path) -> dict[str, Any]:
+        model, checkpoint = make(), folder / "model"
+        if next(iter(quantized_linears(model.decoder).values())).fmt is None:
+            save_float(checkpoint, model.decoder.state_dict(), model_params(model.decoder))
+        else:
+            frozen = freeze(copy.deepcopy(model.decoder))
+            save_quantized(checkpoint, frozen, run.scheme)
+        return export_checked(run, checkpoint, folder / "model.pte", model, context)
+
+    settings = {"export": c.export, "tokenizer": c.tokenizer, "model": c.model} | gate_settings(run)
+    return run.stage(f"export_{name}", on_rank_zero(build), settings, inputs)
+
+
+def export_checked(
+    run: Run, checkpoint: Path, pte_file: Path, model: CausalLM, context: int, methods: dict[str, Path] | None = None
+) -> dict[str, Any]:
+    """Export a checkpoint; hold its constants and its logits against what they should be.
+
+    Returns:
+        hand_overs, constants (how many tensors were found in the file bit for bit), bytes, parts, sha256.
+    """
+    e, tokenizer = run.config.export, tokenizer_of(run.config)
+    quantized = "quantization_args" in json.loads((checkpoint / "params.json").read_text())
+    options = PteOptions(
+        quantize_kv_cache=e.quantize_kv_cache,
+        dynamic_shape=e.dynamic_shape,
+        full_logits=e.full_logits,
+        dtype="fp32" if quantized else e.baseline_dtype,
+    )
+    say(f"exporting {pte_file} with ExecuTorch (up to a minute for a tiny model, 10 for 1B) …")
+    export_pte(
+        checkpoint, pte_file, e.max_seq_length, e.max_context_length,
+        list(tokenizer.stop_tokens), tokenizer.bos_id, options, methods,
+    )  # fmt: skip
+    pte, tokens = Pte(pte_file), gate_tokens(run)
+    result: dict[str, Any] = {"bytes": pte_file.stat().st_size, "sha256": sha256_file(pte_file)}
+    if not quantized:
+        floats = agreement(model(torch.tensor([tokens]))[0], pte.logits(tokens))
+        say(f"float32 → {pte_file.parent.name} in {e.baseline_dtype}: KL {floats['kl']:.3g}, top1 {floats['top1']:.3g}")
+        return result | {"hand_overs": {"pte_float": floats}}
+    result["constants"] = check_constants(checkpoint, pte_file)
+    say(f"{pte_file.name} holds all {result['constants']} tensors of the checkpoint bit for bit")
+    if e.quantize_kv_cache:  # the file is held against the same cache; what the cache itself costs is said, not gated
+        gates = pte_gates(run, pte, tokens, lambda t: eager_cached_logits(checkpoint, t, options), context)
+        gates["kv_cache"] = agreement(model(torch.tensor([tokens]))[0], pte.logits(tokens))
+    else:
+        gates = pte_gates(run, pte, tokens, lambda t: model(torch.tensor([t]))[0], context)
+    return result | {"hand_overs": gates, "parts": size_parts(checkpoint, pte_file)}
+
+
+def with_adapters(checkpoint: Path, adapter: Path, folder: Path) -> Path:
+    """A checkpoint's codes with the adapters of a PEFT folder, written to `folder`.
+
+    Raises:
+        UserError: the adapters do not fit, or were trained on another backbone.
+    """
+    backbone = json.loads((adapter / BACKBONE).read_text())["sha256"] if (adapter / BACKBONE).is_file() else None
+    if backbone is not None and backbone != backbone_hash(checkpoint):
+        raise UserError(f"{adapter} was trained on another quantized backbone than {checkpoint}: it would not fit")
+    tensors = torch.load(checkpoint / "consolidated.00.pth", weights_only=True)
+    params = json.loads((checkpoint / "params.json").read_text())
+    tensors |= load_peft(adapter, params, tensors)
+    folder.mkdir(parents=True)
+    save_pth(folder / "consolidated.00.pth", tensors)
+    shutil.copyfile(checkpoint / "params.json", folder / "params.json")
+    return folder
+
+
+def check_method(run: Run, checkpoint: Path, pte_file: Path, name: str, context: int) -> dict[str, float]:
+    """A further method of a .pte against ExecuTorch's eager model of its checkpoint."""
+    tokens, options = gate_tokens(run), PteOptions(quantize_kv_cache=run.config.export.quantize_kv_cache)
+    windows = [tokens[i : i + context] for i in range(0, len(tokens), context)]
+    pte = Pte(pte_file, name)
+    expected = torch.cat([eager_cached_logits(checkpoint, w, options) for w in windows])
+    result = agreement(expected, torch.cat([pte.logits(w) for w in windows]))
+    return check_gate(run, f"adapters {name} → method {name}", result, "token_error", "top1")
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

@@ -6,7 +6,7 @@ compared sample by sample: the differences are far steadier than the losses them
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,22 +21,26 @@ from llamaq.train.model import HEAD_CHUNK_TOKENS, CausalLM
 class Scores:
     """Per-sample sums over labelled tokens, each a float64 tensor [samples].
 
-    nll in nats; kl maps a reference's name to KL(reference ‖ model) in nats, top1 to the count of equal argmaxes.
+    nll in nats; kl maps a reference's name to KL(reference ‖ model) in nats, top1 to the count of equal argmaxes, top5
+    to how often the reference's argmax is among the model's five most likely tokens.
     """
 
     tokens: Tensor
     nll: Tensor
     kl: dict[str, Tensor]
     top1: dict[str, Tensor]
+    top5: dict[str, Tensor] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
-        """Token means: nll, perplexity, kl/REFERENCE, top1/REFERENCE."""
+        """Token means: nll, perplexity, kl/REFERENCE, top1/REFERENCE, top5/REFERENCE."""
         n = float(self.tokens.sum())
         nll = float(self.nll.sum()) / n
         result = {"nll": nll, "perplexity": math.exp(nll)}
         for name in self.kl:
             result[f"kl/{name}"] = float(self.kl[name].sum()) / n
             result[f"top1/{name}"] = float(self.top1[name].sum()) / n
+            if name in self.top5:
+                result[f"top5/{name}"] = float(self.top5[name].sum()) / n
         return result
 
 
@@ -50,6 +54,7 @@ def score(
     totals = {k: torch.zeros(len(samples), dtype=torch.float64) for k in ("tokens", "nll")}
     kl = {name: torch.zeros(len(samples), dtype=torch.float64) for name in references}
     top1 = {name: torch.zeros(len(samples), dtype=torch.float64) for name in references}
+    top5 = {name: torch.zeros(len(samples), dtype=torch.float64) for name in references}
     head = model.head.quantized_weight()
     reference_heads = {name: r.head.quantized_weight() for name, r in references.items()}
     with progress(range(0, len(samples), batch_size), f"evaluate {title}", unit="batch") as bar:
@@ -70,8 +75,56 @@ def score(
                 for name, r in references.items():
                     target = r.head(hidden[name][rows], reference_heads[name]).float().log_softmax(-1)
                     _add(kl[name], sample[rows], (target.exp() * (target - logprobs)).sum(-1))
-                    _add(top1[name], sample[rows], target.argmax(-1) == logprobs.argmax(-1))
-    return Scores(totals["tokens"], totals["nll"], kl, top1)
+                    best = target.argmax(-1)
+                    _add(top1[name], sample[rows], best == logprobs.argmax(-1))
+                    _add(top5[name], sample[rows], in_top5(best, logprobs))
+    return Scores(totals["tokens"], totals["nll"], kl, top1, top5)
+
+
+@torch.no_grad()
+def score_file(
+    logits_of: Callable[[list[int]], Tensor], references: dict[str, CausalLM], samples: Sequence[Any],
+    collate: Callable[[list[Any]], Batch], max_tokens: int, max_length: int, title: str,
+) -> Scores:  # fmt: skip
+    """Score an exported file as `score` does a model, one sample at a time, up to `max_tokens` tokens read.
+
+    Args:
+        logits_of: tokens → logits [len(tokens), vocab].
+        references: models to compare with, on the CPU.
+        samples: what is read; a longer one than max_length is cut.
+        collate: makes a batch of samples; labels in it are shifted.
+        max_tokens: stop before the sample that would exceed it; at least one is read.
+        max_length: of the file's context.
+        title: on the progress bar.
+    """
+    rows: list[list[float]] = []
+    kl, top1, top5 = ({name: [] for name in references} for _ in range(3))
+    read = 0
+    with progress(samples, f"evaluate {title}", unit="sample") as bar:
+        for sample in bar:
+            batch = collate([sample])
+            tokens, labels = batch["tokens"][:, :max_length], batch["labels"][0, :max_length]
+            if rows and read + tokens.shape[1] > max_tokens:
+                break
+            read += tokens.shape[1]
+            scored = labels != IGNORE
+            logprobs = logits_of(tokens[0].tolist())[scored].float().log_softmax(-1)
+            nll = -logprobs.gather(-1, labels[scored][:, None])
+            rows.append([float(scored.sum()), float(nll.double().sum())])
+            for name, model in references.items():
+                target = model.head(model.hidden(tokens)[0, scored]).float().log_softmax(-1)
+                best = target.argmax(-1)
+                kl[name].append(float((target.exp() * (target - logprobs)).sum().double()))
+                top1[name].append(float((best == logprobs.argmax(-1)).sum()))
+                top5[name].append(float(in_top5(best, logprobs).sum()))
+    tokens_of, nll_of = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    as_tensors = [{k: torch.tensor(v, dtype=torch.float64) for k, v in part.items()} for part in (kl, top1, top5)]
+    return Scores(tokens_of, nll_of, *as_tensors)
+
+
+def in_top5(token: Tensor, logits: Tensor) -> Tensor:
+    """Whether each token [n] is among the five with the largest logits [n, vocab]."""
+    return (logits > logits.gather(-1, token[:, None])).sum(-1) < 5
 
 
 def _add(total: Tensor, index: Tensor, values: Tensor) -> None:
@@ -115,7 +168,8 @@ def agreement(reference: Tensor, other: Tensor) -> dict[str, float]:
 
     Returns:
         relative_error (‖difference‖ / ‖reference‖ over all tokens), token_error (the median token's own),
-        max_abs_error, sqnr_db (infinite if equal), kl (nats a token) and top1 (share of equal argmaxes).
+        max_abs_error, sqnr_db (infinite if equal), kl (nats a token), top1 (share of equal argmaxes) and top5 (share of
+        reference's argmaxes among the other's five largest).
     """
     reference, other = reference.double(), other.double()
     error = float((other - reference).norm() / reference.norm())
@@ -128,4 +182,5 @@ def agreement(reference: Tensor, other: Tensor) -> dict[str, float]:
         "sqnr_db": -20 * math.log10(error) if error else math.inf,
         "kl": max(0.0, float((p.exp() * (p - q)).sum(-1).mean())),
         "top1": float((reference.argmax(-1) == other.argmax(-1)).double().mean()),
+        "top5": float(in_top5(reference.argmax(-1), other).double().mean()),
     }

@@ -16,6 +16,7 @@ for a rotated model, whose two matrices at the ends differ} and `lora_args`
 (examples/models/llama/source_transformation/lora.py), so any other alpha/rank is folded into B here.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -32,6 +33,7 @@ from llamaq.quant.scheme import Scheme
 from llamaq.spinquant.rotations import attach_online, check_contract
 
 EXECUTORCH_LORA_SCALE = 2.0
+BACKBONE = "backbone.json"  # beside a set of adapters: the hash of what they were trained on
 _META_LINEARS = {
     "attn.q_proj": "attention.wq",
     "attn.k_proj": "attention.wk",
@@ -271,6 +273,59 @@ def save_peft(folder: Path, decoder: Any, rank: int, alpha: float) -> None:
         "base_model_name_or_path": None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+
+
+def load_peft(folder: Path, params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adapters of a PEFT folder as Meta-layout tensors, in the form of a checkpoint's own.
+
+    Args:
+        folder: with `adapter_model.safetensors` and `adapter_config.json`.
+        params: of the checkpoint they go into.
+        tensors: its tensors, for names and shapes.
+
+    Raises:
+        UserError: rank, alpha, names or shapes are not the checkpoint's.
+    """
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    rank = params.get("lora_args", {}).get("rank")
+    if config["r"] != rank:
+        raise UserError(f"{folder}: rank {config['r']}, but the checkpoint's adapters have {rank}; they must be equal")
+    left_over = config["lora_alpha"] / config["r"] / EXECUTORCH_LORA_SCALE
+    if math.frexp(left_over)[0] != 0.5:
+        raise UserError(f"{folder}: lora_alpha / r is no power of two, which bf16 weights cannot hold exactly")
+    found, result = load_file(folder / "adapter_model.safetensors"), {}
+    for ours, meta in _META_LINEARS.items():
+        heads = {"attn.q_proj": params["n_heads"], "attn.k_proj": params["n_kv_heads"]}.get(ours)
+        for layer in range(params["n_layers"]):
+            prefix = f"base_model.model.model.layers.{layer}.{_PEFT_LINEARS[ours]}"
+            for part in "AB":
+                key, target = f"{prefix}.lora_{part}.weight", f"layers.{layer}.{meta}.adaptor.{part}.weight"
+                if key not in found or found[key].shape != tensors[target].shape:
+                    shape = list(found[key].shape) if key in found else "missing"
+                    raise UserError(f"{folder}: {key} is {shape}, needed is {list(tensors[target].shape)}")
+                t = found[key].bfloat16()
+                if part == "B":
+                    t = (t if heads is None else meta_rows(t, heads)) * left_over
+                result[target] = t
+    return result
+
+
+def backbone_hash(checkpoint: Path) -> str:
+    """SHA-256 of a checkpoint's tensors but its adapters': what a set of adapters was trained on."""
+    digest = hashlib.sha256()
+    for name, t in sorted(torch.load(checkpoint / "consolidated.00.pth", mmap=True, weights_only=True).items()):
+        if ".adaptor." not in name:
+            digest.update(name.encode())
+            digest.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def meta_rows(b: Tensor, heads: int) -> Tensor:
+    """The way back from `hf_rows`."""
+    d = b.shape[0] // heads
+    return b.view(heads, 2, d // 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
 
 
 def hf_rows(b: Tensor, heads: int) -> Tensor:

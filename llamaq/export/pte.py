@@ -133,6 +133,23 @@ def load_eager(checkpoint: Path, max_length: int) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def eager_cached_logits(checkpoint: Path, tokens: list[int], options: PteOptions) -> Tensor:
+    """What ExecuTorch's own eager model computes with the KV cache of `options`, token by token: [len(tokens), vocab].
+
+    A quantized cache changes the numbers; this is what a .pte that has one is held against.
+    """
+    length = len(tokens) + 1
+    arguments = executorch_arguments(checkpoint, length, length, checkpoint / "eager", {}, options)
+    hadamard_operator()  # registers the cache's operators
+    with quiet(), online_blocks(checkpoint):
+        from executorch.examples.models.llama.export_llama_lib import get_llama_model
+
+        model, _, _ = get_llama_model(_config(arguments))
+        rows = [model(torch.tensor([[t]]), {"input_pos": torch.tensor([i])}) for i, t in enumerate(tokens)]
+    return torch.cat([r.reshape(1, -1) for r in rows])
+
+
 def check_keys(checkpoint: Path, model: nn.Module) -> None:
     """Every tensor of the checkpoint is in ExecuTorch's model and the other way round.
 
@@ -356,6 +373,29 @@ class Pte:
             answer.append(token)
             logits = self.step([token], len(prompt) + len(answer) - 1)
         return answer
+
+
+def size_parts(checkpoint: Path, pte: Path) -> dict[str, int]:
+    """Bytes of a quantized .pte by what they hold; tensors as XNNPACK stores them, the rest is the program."""
+    tensors = torch.load(checkpoint / "consolidated.00.pth", mmap=True, weights_only=True)
+    parts = dict.fromkeys(("int4 codes", "group scales", "embedding", "head", "adapters", "norms"), 0)
+    for name, t in tensors.items():
+        if name.startswith("tok_embeddings."):
+            part = "embedding"
+        elif name.startswith("output."):
+            part = "head"
+        elif ".adaptor." in name:
+            part = "adapters"
+        elif name.endswith("norm.weight"):
+            part = "norms"
+        else:
+            part = "group scales" if name.endswith(".scales") else "int4 codes"
+        parts[part] += t.numel() * t.element_size() if part in ("embedding", "head") else _stored_size(t, part)
+    return parts | {"program": pte.stat().st_size - sum(parts.values())}
+
+
+def _stored_size(t: Tensor, part: str) -> int:
+    return {"int4 codes": t.numel() // 2, "group scales": t.numel() * 2}.get(part, t.numel() * 4)
 
 
 def hadamard_operator() -> Any:

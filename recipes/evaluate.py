@@ -89,7 +89,7 @@ def wanted_models(c: Config, known: list[str], shipped: str) -> list[str]:
     for name in names:
         if name.removesuffix(".pte") not in known:
             raise UserError(
-                f"evaluate.models: this run has no '{name}'; it has {', '.join(known)}, each also as NAME.pte"
+                f"evaluate.models: no '{name}' in this run; it has {', '.join(known)}, each also as NAME.pte"
             )
     return names
 
@@ -110,7 +110,6 @@ def chain_models(run: Run) -> Models:
         merged = merge_adapters(build_model(c.model, weights, None, (c.adapters.rank, c.adapters.alpha)))
         return build_model(c.model, merged.get_submodule("decoder").state_dict(), scheme)
 
-    stages = {"qat": ["qat"], "qat_lora": ["qat", "qat_lora"], "final": ["qat_dpo"]}
     controls = [run.path("control_qat"), run.path("control_lora")]
     every = {
         "bf16": Candidate(lambda: build_model(c.model, start_weights(c), None), start_inputs(c)),
@@ -119,7 +118,7 @@ def chain_models(run: Run) -> Models:
         "ptq_control": Candidate(lambda: control(scheme), controls),
         "qat": Candidate(lambda: trained_model(run, "qat"), [run.path("qat")]),
         "qat_lora": Candidate(
-            lambda: trained_model(run, "qat_lora", frozen=True), [run.path(s) for s in stages["qat_lora"]]
+            lambda: trained_model(run, "qat_lora", frozen=True), [run.path("qat"), run.path("qat_lora")]
         ),
         "final": Candidate(lambda: final_model(run), [run.path("qat_dpo")]),
     }

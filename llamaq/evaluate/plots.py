@@ -117,3 +117,79 @@ def agreement(path: Path, kl: dict[str, float], top1: dict[str, float], referenc
         ax.margins(x=0.18)
     axes[0][1].set_yticklabels([])
     _save(figure, path)
+
+
+def blocks(path: Path, errors: dict[str, list[float]]) -> None:
+    """Relative error of the residual stream after each block, one curve a hand-over; exact ones are said to be so."""
+    figure, axes = _axes(7, 3.2)
+    ax = axes[0][0]
+    for color, (label, values) in zip((BLUE, ORANGE, GREEN), errors.items(), strict=False):
+        if any(values):
+            ax.plot(range(len(values)), values, color=color, marker="o", markersize=4, label=label)
+        else:
+            ax.plot([], [], color=color, label=f"{label}: 0 in every block")
+    ax.set(xlabel="block", ylabel="‖difference‖ / ‖residual stream‖", ylim=(0, None))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(frameon=False)
+    _save(figure, path)
+
+
+def speed(path: Path, panels: dict[str, dict[str, tuple[float, float, float]]]) -> None:
+    """Title with unit → model → median and quartiles, a panel each; bars start at 0."""
+    models = list(next(iter(panels.values())))
+    figure, axes = _axes(3.2 * len(panels), 0.45 * len(models) + 1.2, len(panels))
+    for ax, (title, values) in zip(axes[0], panels.items(), strict=True):
+        middle = [values[m][0] for m in models]
+        spread = [[values[m][0] - values[m][1] for m in models], [values[m][2] - values[m][0] for m in models]]
+        ax.barh(models, middle, xerr=spread, color=BLUE, error_kw={"linewidth": 1})
+        for i, (value, above) in enumerate(zip(middle, spread[1], strict=True)):
+            ax.text(value + above, i, f" {value:,.3g}" if value < 100 else f" {value:,.0f}", va="center", fontsize=8)
+        ax.invert_yaxis()
+        ax.margins(x=0.3)
+        ax.set_title(title, fontsize=10)
+        ax.tick_params(axis="x", labelsize=8)
+        if ax is not axes[0][0]:
+            ax.set_yticklabels([])
+    _save(figure, path)
+
+
+def sensitivity(path: Path, alone: dict[str, float], saved: dict[str, float], linears: tuple[str, ...]) -> None:
+    """Two heat maps, linears by blocks: KL if only this one is quantized, KL saved if only this one is not."""
+    from matplotlib.colors import LogNorm, TwoSlopeNorm
+
+    depth = 1 + max(int(unit.split(".")[1]) for unit in alone if unit.startswith("layers."))
+    figure, axes = _axes(max(9, 0.55 * depth + 5), 3.4, 2)
+    for ax, values, title in ((axes[0][0], alone, "quantized alone"), (axes[0][1], saved, "left out: saved")):
+        grid = [[values[f"layers.{i}.{kind}"] for i in range(depth)] for kind in linears]
+        flat = [v for row in grid for v in row]
+        top = max(map(abs, flat)) or 1.0
+        positive = min(flat) > 0  # savings may be negative: then zero is white
+        norm = LogNorm(min(flat), max(top, 2 * min(flat))) if positive else TwoSlopeNorm(0, -top, top)
+        image = ax.imshow(grid, aspect="auto", cmap="viridis" if positive else "RdBu_r", norm=norm)
+        ax.set_yticks(range(len(linears)), linears if ax is axes[0][0] else [])
+        ax.set_xticks(range(0, depth, max(1, depth // 8)))
+        ax.set_xlabel("block")
+        rest = [v for unit, v in values.items() if not unit.startswith("layers.")]
+        ax.set_title(f"{title}\nembedding and head: {rest[0]:.1e}", fontsize=10)
+        figure.colorbar(image, ax=ax, label="KL, nats a token")
+    _save(figure, path)
+
+
+def tasks(path: Path, values: dict[str, dict[str, tuple[float, float]]]) -> None:
+    """Task and metric → model → value and standard error; one group of bars a task, a colour of its own a model."""
+    import matplotlib
+
+    models = list(dict.fromkeys(m for row in values.values() for m in row))
+    figure, axes = _axes(7, 0.22 * len(models) * len(values) + 1.4)
+    ax, height = axes[0][0], 0.8 / len(models)
+    colors = matplotlib.colormaps["viridis"]
+    for i, model in enumerate(models):
+        rows = [(at, *row[model]) for at, row in enumerate(values.values()) if model in row]
+        color = colors(i / max(1, len(models) - 1))
+        ax.barh([at + (i + 0.5) * height - 0.4 for at, _, _ in rows], [v for _, v, _ in rows], height,
+                xerr=[e for _, _, e in rows], color=color, label=model, error_kw={"linewidth": 1})  # fmt: skip
+    ax.set_yticks(range(len(values)), list(values))
+    ax.invert_yaxis()
+    ax.set(xlabel="score (lines: one standard error)", xlim=(0, None))
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from llamaq.export.benchmark import markdown as benchmark_table
+
 # model key in the evaluation → how the report calls it, in the order of the chain
 MODELS = {
     "bf16": "BF16 start",
@@ -19,6 +21,7 @@ HAND_OVERS = {
     "executorch_eager": "fake-quantized → ExecuTorch eager",
     "pte": "fake-quantized → .pte, short contexts",
     "pte_long": "fake-quantized → .pte, one context",
+    "kv_cache": "fake-quantized → .pte with int8 KV cache",
 }
 
 
@@ -32,12 +35,12 @@ def quality_table(scores: dict[str, dict[str, float]]) -> str:
     references = [k.removeprefix("kl/") for k in next(iter(scores.values())) if k.startswith("kl/")]
     header = ["model", "NLL (nats/token)", "perplexity"]
     for r in references:
-        header += [f"KL from {MODELS[r]}", f"top-1 = {MODELS[r]}"]
+        header += [f"KL from {MODELS[r]}", "top-1", "top-5"]
     rows = []
     for key, s in scores.items():
         cells = [MODELS[key], f"{s['nll']:.4f}", f"{s['perplexity']:.3f}"]
         for r in references:
-            cells += [f"{s[f'kl/{r}']:.2e}", f"{s[f'top1/{r}']:.4f}"]
+            cells += [f"{s[f'kl/{r}']:.2e}", f"{s[f'top1/{r}']:.4f}", f"{s[f'top5/{r}']:.4f}"]
         rows.append(cells)
     return table(header, rows)
 
@@ -47,7 +50,8 @@ def hand_over_table(results: dict[str, dict[str, float]]) -> str:
     for key, r in results.items():
         sqnr = "∞" if r["relative_error"] == 0 else f"{r['sqnr_db']:.1f}"
         errors = [f"{r['relative_error']:.1e}", f"{r['token_error']:.1e}"]
-        rows.append([HAND_OVERS[key], *errors, sqnr, f"{r['kl']:.1e}", f"{r['top1']:.4f}"])
+        title = HAND_OVERS.get(key, f"adapters → method `{key.removeprefix('pte/')}`")
+        rows.append([title, *errors, sqnr, f"{r['kl']:.1e}", f"{r['top1']:.4f}"])
     return table(["hand-over", "relative error", "median token's", "SQNR (dB)", "KL (nats/token)", "top-1"], rows)
 
 
@@ -66,6 +70,106 @@ def share_lines(shares: dict[str, dict[str, float]]) -> str:
             f"{s['won_nats_per_token']:.4f} of {s['lost_nats_per_token']:.4f} nats a token"
         )
     return "\n".join(lines)
+
+
+def files_table(scores: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [f"{MODELS[name]}, `{s['sha256'][:12]}`", f"{s['nll']:.4f}", f"{s['eager_nll']:.4f}", f"{s['kl/bf16']:.2e}",
+         f"{s['kl/own']:.1e}", f"{s['top1/own']:.4f}", f"{s['top5/own']:.4f}"]
+        for name, s in scores.items()
+    ]  # fmt: skip
+    header = [".pte, sha256", "NLL (nats/token)", "the model's", "KL from BF16", "KL from the model", "top-1", "top-5"]
+    return table(header, rows)
+
+
+def pairs_table(pairs: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Each form against each: KL(row ‖ column), share of equal argmaxes, top-5, SQNR."""
+
+    def cell(r: dict[str, float]) -> str:
+        sqnr = "∞" if r["relative_error"] == 0 else f"{r['sqnr_db']:.0f} dB"
+        return f"{r['kl']:.1e}, {r['top1']:.3f}, {r['top5']:.3f}, {sqnr}"
+
+    names = list(pairs)
+    rows = [[a, *("" if a == b else cell(pairs[a][b]) for b in names)] for a in names]
+    return table(["from \\ to", *names], rows)
+
+
+def parts_table(parts: dict[str, int]) -> str:
+    total = sum(parts.values())
+    rows = [[k, f"{v / 2**20:,.2f}", f"{100 * v / total:.1f} %"] for k, v in parts.items()]
+    return table(["part", "MiB", "share"], [*rows, ["**file**", f"**{total / 2**20:,.2f}**", ""]])
+
+
+def tasks_table(results: dict[str, dict[str, Any]]) -> str:
+    """Meta's form: a row a task and metric, a column a model; standard errors behind ±."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for model, result in results.items():
+        for task, r in result["results"].items():
+            for metric, m in r["metrics"].items():
+                error = f" ± {m['stderr']:.3f}" if m.get("stderr") else ""
+                shots = f"{r['num_fewshot']}-shot, " if r.get("num_fewshot") is not None else ""
+                rows.setdefault((f"{task} ({shots}{r['samples']})", metric), {})[model] = f"{m['value']:.4f}{error}"
+    body = [[task, metric, *(cells.get(m, "") for m in results)] for (task, metric), cells in rows.items()]
+    return table(["task (samples)", "metric", *(model_title(m) for m in results)], body)
+
+
+def model_title(name: str) -> str:
+    """What the report calls `ptq` or `final.pte`."""
+    return MODELS[name.removesuffix(".pte")] + (", .pte" if name.endswith(".pte") else "")
+
+
+def measured_parts(measured: dict[str, Any]) -> list[str]:
+    """The sections of what was measured beyond the scores; `measured` is stage → metrics."""
+    parts = []
+    if files := measured.get("files"):
+        read = next(iter(files["scores"].values()))
+        parts += [
+            "## Measured on the exported files",
+            f"The first {read['samples']:,} held-out samples ({read['tokens']:,} scored tokens), one token a call through "
+            "the KV cache of each file; beside it the same text read by the model as llamaq computes it, in float32.",
+            files_table(files["scores"]),
+            "What ships in each form it takes, on the gates' tokens: KL(row ‖ column) in nats a token, top-1, top-5, SQNR.",
+            pairs_table(files["pairs"]),
+            "![by block](blocks.png)",
+        ]
+    if speed := measured.get("speed"):
+        settings = speed["settings"]
+        names = {k: model_title(f"{k}.pte") for k in speed["models"]}
+        parts += [
+            "## Size and speed",
+            f"On {speed['device']} with {settings['threads']} threads: prompt of {settings['prompt_tokens']} tokens, "
+            f"{settings['new_tokens']} new ones; medians of {settings['runs'] * settings['rounds']} runs in "
+            f"{settings['rounds']} processes of each model's own, quartiles in brackets, bold: ratio to the first. "
+            "Memory is the peak resident set less Python's. On a phone: README, *On a phone or an Arm board*.",
+            benchmark_table(speed, names),
+            "![speed](speed.png)",
+            *(f"{names[k]}: sha256 `{m['sha256']}`" for k, m in speed["models"].items()),
+        ]
+    if exported := measured.get("export"):
+        parts += ["What the file that ships consists of:", parts_table(exported["parts"])]
+    if s := measured.get("sensitivity"):
+        parts += [
+            "## Where quantization costs",
+            f"PTQ of the BF16 model on {s['tokens']:,} held-out tokens, KL from BF16 in nats a token: all quantized "
+            f"{s['whole']:.2e}. Left: only one linear quantized. Right: what is saved if all but one are.",
+            "![sensitivity](sensitivity.png)",
+            "\n".join(f"- {line}" for line in s["advice"]),
+        ]
+    if tasks := {k.removeprefix("tasks_"): v for k, v in measured.items() if k.startswith("tasks_")}:
+        files = [f"{model_title(k)} `{v['sha256'][:12]}`" for k, v in tasks.items() if v["sha256"]]
+        parts += [
+            "## Tasks",
+            "lm-evaluation-harness; ± is one standard error." + (f" Files: {', '.join(files)}." if files else ""),
+            tasks_table(tasks),
+            "![tasks](tasks.png)",
+        ]
+    if plan := measured.get("plan"):
+        rows = [
+            [r["what"], f"{r['bytes'] / 2**30:.3f}", ", ".join(f"{k} {v / 2**30:.3f}" for k, v in r["parts"].items())]
+            for r in plan
+        ]
+        parts += ["## Memory, as planned before the run", table(["where", "GiB", "of which (GiB)"], rows)]
+    return parts
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -98,6 +202,7 @@ def render(facts: dict[str, Any]) -> str:
         hand_over_table(facts["hand_overs"]),
         f"The exported file has {facts['pte_bytes'] / 2**20:,.1f} MiB. Asked on it: *{facts['prompt']}*",
         f"> {facts['answer']}",
+        *measured_parts(facts["measured"]),
         "## Training",
         "![losses](losses.png)",
         table(["stage", "steps", "first loss", "last loss"], [
@@ -156,6 +261,7 @@ def render_spinquant(facts: dict[str, Any]) -> str:
         hand_over_table(facts["hand_overs"]),
         f"The exported file has {facts['pte_bytes'] / 2**20:,.1f} MiB. Asked on it: *{facts['prompt']}*",
         f"> {facts['answer']}",
+        *measured_parts(facts["measured"]),
         "## Where things are",
         table(["what", "where"], [[what, f"`{where}`"] for what, where in facts["files"].items()]),
         "Versions: " + ", ".join(f"{k} {v}" for k, v in facts["packages"].items()) + ".",

@@ -64,7 +64,9 @@ def test_agreement_of_equal_and_of_scaled_logits():
 
 
 def test_tables():
-    text = report.quality_table({"bf16": {"nll": 1.0, "perplexity": 2.718, "kl/bf16": 0.0, "top1/bf16": 1.0}})
-    assert text.splitlines()[2] == "| BF16 start | 1.0000 | 2.718 | 0.00e+00 | 1.0000 |"
+    text = report.quality_table(
+        {"bf16": {"nll": 1.0, "perplexity": 2.718, "kl/bf16": 0.0, "top1/bf16": 1.0, "top5/bf16": 1.0}}
+    )
+    assert text.splitlines()[2] == "| BF16 start | 1.0000 | 2.718 | 0.00e+00 | 1.0000 | 1.0000 |"
     same = {"relative_error": 0.0, "token_error": 0.0, "sqnr_db": math.inf, "kl": 0.0, "top1": 1.0}
     assert "∞" in report.hand_over_table({"converted": same})

@@ -16,6 +16,7 @@ quantization), qat, qat_lora, final, spinquant. Stages that are up to date are k
 """
 
 import gc
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,11 +28,11 @@ import torch
 import llamaq
 from llamaq.config import Config
 from llamaq.errors import UserError
-from llamaq.evaluate import plots, report
+from llamaq.evaluate import card, plots, report
 from llamaq.evaluate.harness import check_tasks, eager_lm, pte_lm, run_tasks
 from llamaq.evaluate.scores import Scores, agreement, score, score_file, share_won_back
-from llamaq.evaluate.sensitivity import advice, divergence, sensitivity
-from llamaq.export.benchmark import benchmark
+from llamaq.evaluate.sensitivity import LINEARS, advice, divergence, sensitivity
+from llamaq.export.benchmark import MEASURES, benchmark, summary
 from llamaq.export.pte import Pte, load_eager
 from llamaq.pipeline import Run, from_rank_zero, package_versions, say, sha256_file
 from llamaq.quant.prepare import merge_adapters
@@ -343,33 +344,173 @@ def tasks(run: Run, models: Models, name: str) -> Path:
     return run.stage(f"tasks_{name}", on_rank_zero(build), settings, source)
 
 
-def write_report(run: Run) -> Path:
-    """The report's page and plots, also logged to W&B."""
-    c = run.config
-    stages = ("qat", "qat_lora", "qat_dpo", "convert", "export", "evaluate")
-    inputs = [run.need(s) for s in stages]
-    metrics = from_rank_zero(lambda: {s: run.metrics(s) for s in stages})  # what the page shows of them
+# --- the report ------------------------------------------------------------------------------------------------------
 
-    def build(folder: Path) -> dict[str, Any]:
-        facts = gather(run)
+
+def write_report(run: Run, measured: list[str]) -> Path:
+    """The report's page, plots, JSON and model card of the chain, also logged to W&B.
+
+    Args:
+        run: the run.
+        measured: stages of `measure`.
+    """
+    c = run.config
+    shipped = ("qat", "qat_lora", "qat_dpo")[: ("qat", "qat_lora", "qat_dpo").index(c.export.stage) + 1]
+    stages = [*shipped, "convert", "export", "evaluate", *(m for m in measured if m != "export")]
+
+    def render(folder: Path, facts: dict[str, Any]) -> str:
         names = {report.MODELS[k]: s for k, s in facts["scores"].items()}
-        baseline = "control" if c.evaluate.control else "bf16"
+        baseline = "control" if "control" in facts["scores"] else "bf16"
         plots.losses(folder / "losses.png", curves(run))
         plots.quality(folder / "quality.png", {n: s["nll"] for n, s in names.items()}, report.MODELS[baseline])
         plots.agreement(
             folder / "agreement.png", {n: s[f"kl/{baseline}"] for n, s in names.items()},
             {n: s[f"top1/{baseline}"] for n, s in names.items()}, report.MODELS[baseline],
         )  # fmt: skip
-        report.write(folder, report.render(facts))
+        return report.render(facts)
+
+    return report_stage(run, stages, lambda: gather(run, list(shipped), measured), render, chain_card(c))
+
+
+def report_stage(
+    run: Run, stages: list[str], facts_of: Callable[[], dict[str, Any]],
+    render: Callable[[Path, dict[str, Any]], str], for_card: dict[str, Any],
+) -> Path:  # fmt: skip
+    """The stage `report` of any run: report.md, its plots, report.json, README.md, and the same in W&B.
+
+    Args:
+        run: the run.
+        stages: what the report reads.
+        facts_of: everything it states.
+        render: draws the plots of this kind of run into a folder and returns the page.
+        for_card: what the card says besides.
+    """
+    c = run.config
+    inputs = [run.need(s) for s in stages]
+    metrics = from_rank_zero(lambda: {s: run.metrics(s) for s in stages})  # what the page shows of them
+
+    def build(folder: Path) -> dict[str, Any]:
+        facts = facts_of()
+        draw_measured(folder, facts["measured"])
+        report.write(folder, render(folder, facts))
+        (folder / "report.json").write_text(json.dumps(facts | {"stages": metrics}, indent=1, default=str))
+        page = card.render(facts | for_card | {"folder": run.folder})
+        (folder / "README.md").write_text(page, encoding="utf-8")
         with Tracker(c, run.id, "report", folder) as tracker:
-            columns = ["model", *next(iter(facts["scores"].values()))]
-            tracker.table("quality", columns, [[n, *s.values()] for n, s in names.items()])
-            for name in ("losses", "quality", "agreement"):
-                tracker.image(name, folder / f"{name}.png")
-            tracker.summary({"shares": facts["shares"], "hand_overs": facts["hand_overs"]})
+            scores = {report.MODELS[k]: s for k, s in facts["scores"].items()}
+            tracker.table("quality", ["model", *facts["scores"]["bf16"]], [[n, *s.values()] for n, s in scores.items()])
+            log_measured(tracker, facts["measured"])
+            for picture in sorted(folder.glob("*.png")):
+                tracker.image(picture.stem, picture)
+            tracker.summary({"hand_overs": facts["hand_overs"], "shares": facts.get("shares", facts.get("share"))})
         return {"finished": facts["finished"]}
 
-    return run.stage("report", on_rank_zero(build), {"version": llamaq.__version__, "metrics": metrics}, inputs)
+    folder = run.stage("report", on_rank_zero(build), {"version": llamaq.__version__, "metrics": metrics}, inputs)
+    from_rank_zero(lambda: card.publish(run.folder, (folder / "README.md").read_text(encoding="utf-8")))
+    return folder
+
+
+def chain_card(c: Config) -> dict[str, Any]:
+    """What the model card says of a chain's data and settings."""
+    stages = ["qat", "qat_lora", "qat_dpo"][: ["qat", "qat_lora", "qat_dpo"].index(c.export.stage) + 1]
+    trainings = {s: c.training(s) for s in stages}
+    return {
+        "base": Path(c.checkpoint_dir).name if c.base is None else "a model trained here",
+        "license": "llama3.2" if c.base is None else "other",
+        "shipped": chain_names(c)[1],
+        "checkpoint": Path(c.output_dir) / "convert" / "model",
+        "rotation": None,
+        "max_seq_length": c.export.max_seq_length,
+        "max_context_length": c.export.max_context_length,
+        "data": {s: data_line(t.dataset) for s, t in trainings.items()} | {"held out": data_line(c.evaluate.dataset)},
+        "hyperparameters": {
+            s: f"{t.optimizer['_component_'].rpartition('.')[2]}, lr {t.optimizer.get('lr')}, global batch "
+            f"{t.global_batch_size}, {'' if t.max_steps is None else f'at most {t.max_steps} steps, '}{t.epochs} epochs"
+            for s, t in trainings.items()
+        },
+    }
+
+
+def data_line(dataset: dict[str, Any]) -> str:
+    """A dataset in a few words: the file's name, not its path, and who reads it."""
+    source = dataset.get("data_files") or dataset.get("source")
+    return f"`{Path(str(source)).name}` by `{dataset['_component_']}`"
+
+
+def draw_measured(folder: Path, measured: dict[str, Any]) -> None:
+    """Plots of what was measured beyond the scores."""
+    if files := measured.get("files"):
+        plots.blocks(folder / "blocks.png", files["blocks"])
+    if result := measured.get("speed"):
+        panels = {}
+        for key, (title, unit, _, _) in MEASURES.items():
+            scale = 2**20 if unit == "MiB" else 1
+            panels[f"{title}, {unit}"] = {
+                report.model_title(f"{name}.pte"): tuple(v / scale for v in summary(m[key]))
+                for name, m in result["models"].items()
+            }
+        plots.speed(folder / "speed.png", panels)
+    if s := measured.get("sensitivity"):
+        saved = {unit: s["whole"] - kl for unit, kl in s["left_out"].items()}
+        plots.sensitivity(folder / "sensitivity.png", s["alone"], saved, LINEARS)
+    values: dict[str, dict[str, tuple[float, float]]] = {}
+    for stage, result in measured.items():
+        if stage.startswith("tasks_"):
+            for task, r in result["results"].items():
+                for metric, m in r["metrics"].items():
+                    row = values.setdefault(f"{task}, {metric}", {})
+                    row[report.model_title(stage.removeprefix("tasks_"))] = (m["value"], m.get("stderr") or 0.0)
+    if values:
+        plots.tasks(folder / "tasks.png", values)
+
+
+def log_measured(tracker: Tracker, measured: dict[str, Any]) -> None:
+    """Tables of it for W&B."""
+    if files := measured.get("files"):
+        columns = list(next(iter(files["scores"].values())))
+        tracker.table("files", ["file", *columns], [[n, *s.values()] for n, s in files["scores"].items()])
+    if result := measured.get("speed"):
+        columns = [f"{title} ({unit})" for title, unit, _, _ in MEASURES.values()]
+        rows = [
+            [name, *(summary(m[key])[0] / (2**20 if unit == "MiB" else 1) for key, (_, unit, _, _) in MEASURES.items())]
+            for name, m in result["models"].items()
+        ]
+        tracker.table("speed", ["file", *columns], rows)
+    if s := measured.get("sensitivity"):
+        rows = [[unit, kl, s["whole"] - s["left_out"][unit]] for unit, kl in s["alone"].items()]
+        tracker.table("sensitivity", ["layer", "kl_alone (nats/token)", "kl_saved (nats/token)"], rows)
+    rows = [
+        [stage.removeprefix("tasks_"), task, metric, m["value"], m.get("stderr")]
+        for stage, result in measured.items()
+        if stage.startswith("tasks_")
+        for task, r in result["results"].items()
+        for metric, m in r["metrics"].items()
+    ]
+    if rows:
+        tracker.table("tasks", ["model", "task", "metric", "value", "stderr"], rows)
+
+
+def measured_facts(run: Run, measured: list[str]) -> dict[str, Any]:
+    """What every report states of the export and of what was measured."""
+    c, exported = run.config, run.metrics("export")
+    return {
+        "name": run.folder.name,
+        "finished": time.strftime("%Y-%m-%d %H:%M"),
+        "version": llamaq.__version__,
+        "packages": package_versions(),
+        "parameters": shape_of(c.model).weights,
+        "group_size": c.scheme.group_size,
+        "constants": exported["constants"],
+        "gate_tokens": c.export.gate_tokens,
+        "max_relative_error": c.export.max_relative_error,
+        "min_top1": c.export.min_top1_agreement,
+        "max_kl": c.export.max_kl,
+        "pte_bytes": exported["bytes"],
+        "pte_sha256": exported["sha256"],
+        "prompt": exported["prompt"],
+        "answer": exported["answer"] or "(nothing)",
+        "measured": {"export": exported} | {s: run.metrics(s) for s in measured},
+    }
 
 
 def curves(run: Run) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
@@ -384,37 +525,26 @@ def curves(run: Run) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
     }
 
 
-def gather(run: Run) -> dict[str, Any]:
-    """Everything the page states, from the stages' manifests."""
-    c, evaluation, exported = run.config, run.metrics("evaluate"), run.metrics("export")
+def gather(run: Run, trained: list[str], measured: list[str]) -> dict[str, Any]:
+    """Everything the chain's page states, from the stages' manifests."""
+    c = run.config
     return {
-        **evaluation,
-        "name": run.folder.name,
-        "finished": time.strftime("%Y-%m-%d %H:%M"),
-        "version": llamaq.__version__,
-        "packages": package_versions(),
-        "parameters": shape_of(c.model).weights,
-        "group_size": c.scheme.group_size,
+        **run.metrics("evaluate"),
+        **measured_facts(run, measured),
         "rank": c.adapters.rank,
-        "hand_overs": {**run.metrics("convert"), **exported["hand_overs"]},
-        "constants": exported["constants"],
-        "gate_tokens": c.export.gate_tokens,
-        "max_relative_error": c.export.max_relative_error,
-        "min_top1": c.export.min_top1_agreement,
-        "max_kl": c.export.max_kl,
-        "pte_bytes": exported["bytes"],
-        "prompt": exported["prompt"],
-        "answer": exported["answer"] or "(nothing)",
-        "dpo": run.metrics("qat_dpo"),
+        "hand_overs": {**run.metrics("convert"), **run.metrics("export")["hand_overs"]},
+        "dpo": run.metrics("qat_dpo") if "qat_dpo" in trained else None,
         "training": [
             {"stage": s, "steps": m["steps"], "first": m["first"]["loss"], "last": m["last"]["loss"]}
-            for s in ("qat", "qat_lora", "qat_dpo")
+            for s in trained
             for m in [run.metrics(s)]
         ],
         "files": {
             "quantized checkpoint, Meta layout": run.path("convert") / "model",
             "adapters for PEFT": run.path("convert") / "adapter",
             "exported model": run.path("export") / "model.pte",
+            "model card": run.folder / "README.md",
+            "all numbers": run.path("report") / "report.json",
             "metrics of each step": run.folder / "<stage>" / "metrics.jsonl",
             "W&B, if offline": f"wandb sync {run.folder}/wandb/offline-run-*",
         },
@@ -422,9 +552,19 @@ def gather(run: Run) -> dict[str, Any]:
 
 
 def recipe(run: Run) -> None:
+    if run.config.spinquant is not None and run.config.qat is None:
+        from llamaq.recipes.spinquant import evaluate_and_report
+
+        say(f"report: {evaluate_and_report(run)}/report.md")
+        return
+    check(run.config, *chain_names(run.config))
+    say(f"report: {evaluate_and_report_chain(run)}/report.md")
+
+
+def evaluate_and_report_chain(run: Run) -> Path:
+    """Scores, measurements and report of the training chain; returns the report's folder."""
     evaluate(run)
-    page = write_report(run) / "report.md"
-    say(f"report: {page}")
+    return write_report(run, measure(run, chain_models(run)))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@
     reference, qat_dpo    preferences, backbone and adapters
     convert, export       integer codes in Meta's layout, then the .pte; each hand-over measured and gated
     control_*, evaluate   the same training without quantization, and every model on held-out text
-    report                report/report.md
+    files, speed, …       the exported file itself: see `tune run evaluate --help`
+    report                report/report.md, and README.md, the model card
 
 Run it again to resume: finished stages are checked and kept, an interrupted one goes on from its last checkpoint, and
 a changed setting runs again only what depends on it.
 """
 
 from llamaq.pipeline import Run, say
-from llamaq.recipes.evaluate import evaluate, write_report
+from llamaq.recipes.evaluate import chain_names, check, evaluate_and_report_chain
 from llamaq.recipes.export_executorch import convert, export
 from llamaq.recipes.qat import qat, start
 from llamaq.recipes.qat_dpo import qat_dpo
@@ -26,15 +27,14 @@ from llamaq.runner import main
 
 
 def recipe(run: Run) -> None:
+    check(run.config, *chain_names(run.config))
     start(run)
     qat(run)
     qat_lora(run)
     qat_dpo(run)
     convert(run)
     export(run)
-    evaluate(run)
-    page = write_report(run) / "report.md"
-    say(f"\nreport: {page}")
+    say(f"\nreport: {evaluate_and_report_chain(run)}/report.md")
 
 
 if __name__ == "__main__":

@@ -25,17 +25,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import llamaq
 from llamaq.config import Config
 from llamaq.errors import UserError
 from llamaq.evaluate import plots, report
 from llamaq.evaluate.scores import agreement, share_of_kl
 from llamaq.export.meta import load_quantized, save_quantized
 from llamaq.export.pte import load_eager
-from llamaq.pipeline import Run, from_rank_zero, package_versions, say
+from llamaq.pipeline import Run, from_rank_zero, say
 from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
-from llamaq.recipes.evaluate import score_all
+from llamaq.recipes.evaluate import (
+    Candidate,
+    Models,
+    check,
+    data_line,
+    measure,
+    measured_facts,
+    report_stage,
+    score_all,
+    score_metrics,
+    score_stage,
+)
 from llamaq.recipes.export_executorch import (
     check_gate,
     copy_tokenizer,
@@ -62,7 +72,6 @@ from llamaq.tracking import Tracker, progress
 from llamaq.train.checkpoint import save_tensors
 from llamaq.train.data import build_dataset
 from llamaq.train.inputs import StateDict
-from llamaq.train.memory import shape_of
 from llamaq.train.model import CausalLM, build_decoder, build_model, meta_decoder, pick_device
 from llamaq.train.stages import start_inputs, start_weights, tokenizer_of
 
@@ -368,38 +377,48 @@ def select(run: Run) -> Path:
 # --- evaluation and report -------------------------------------------------------------------------------------------
 
 
+SHIPPED = "spinquant"
+
+
+def models_of(run: Run) -> Models:
+    """BF16, PTQ of it, and what ships; a rotated model's .pte is compared on contexts of one token (see pte_gates)."""
+    c = run.config
+    known = {
+        "bf16": Candidate(lambda: build_model(c.model, start_weights(c), None), start_inputs(c)),
+        "ptq": Candidate(lambda: build_model(c.model, start_weights(c), run.scheme), start_inputs(c)),
+        SHIPPED: Candidate(lambda: shipped_model(run), [run.path(SHIPPED)]),
+    }
+    return Models(known, SHIPPED, SHIPPED, context=1)
+
+
 def evaluate(run: Run) -> Path:
     """BF16, PTQ of it, and what ships, on the held-out text."""
-    c = run.config
-    models: dict[str, Callable[[], CausalLM]] = {
-        "bf16": lambda: build_model(c.model, start_weights(c), None),
-        "ptq": lambda: build_model(c.model, start_weights(c), run.scheme),
-        "spinquant": lambda: shipped_model(run),
-    }
+    models = models_of(run)
 
     def build(folder: Path) -> dict[str, Any]:
         scores = score_all(run, models)
-        return {
-            "samples": len(scores["bf16"].tokens),
-            "tokens": int(scores["bf16"].tokens.sum()),
-            "scores": {k: s.means() for k, s in scores.items()},
-            "share": share_of_kl(scores["ptq"], scores["spinquant"], "bf16"),
-        }
+        share = None
+        if {"ptq", SHIPPED} <= set(scores):
+            share = share_of_kl(scores["ptq"], scores[SHIPPED], "bf16")
+        return score_metrics(scores) | {"share": share}
 
-    settings = {"evaluate": c.evaluate, "model": c.model, "tokenizer": c.tokenizer}
-    return run.stage("evaluate", on_rank_zero(build), settings, [*start_inputs(c), run.need("spinquant")])
+    return score_stage(run, models, build)
 
 
-def write_report(run: Run) -> Path:
-    """The report's page and plots, also logged to W&B."""
-    c = run.config
-    names = [name for name, _, _ in candidate_names(c)]
-    stages = ["calibrate", *(f"candidate_{n}" for n in names), "spinquant", "export", "evaluate"]
-    inputs = [run.need(s) for s in stages]
-    metrics = from_rank_zero(lambda: {s: run.metrics(s) for s in stages})
+def evaluate_and_report(run: Run) -> Path:
+    """Scores, measurements and report; returns the report's folder."""
+    run.need(SHIPPED)
+    evaluate(run)
+    return write_report(run, measure(run, models_of(run)))
 
-    def build(folder: Path) -> dict[str, Any]:
-        facts = gather(run, names)
+
+def write_report(run: Run, measured: list[str]) -> Path:
+    """The report's page, plots, JSON and model card, also logged to W&B."""
+    names = [name for name, _, _ in candidate_names(run.config)]
+    stages = ["calibrate", *(f"candidate_{n}" for n in names), SHIPPED, "export", "evaluate",
+              *(m for m in measured if m != "export")]  # fmt: skip
+
+    def render(folder: Path, facts: dict[str, Any]) -> str:
         chosen, candidates = facts["chosen"], facts["candidates"]
         scores = {report.MODELS[k]: s for k, s in facts["scores"].items()}
         bf16 = report.MODELS["bf16"]
@@ -412,18 +431,31 @@ def write_report(run: Run) -> Path:
         plots.selection(folder / "selection.png", kl, chosen)
         plots.outliers(folder / "outliers.png", *(candidates[chosen]["outliers"][k] for k in ("before", "after")))
         plots.layer_errors(folder / "layer_errors.png", layer_errors(candidates, chosen))
-        report.write(folder, report.render_spinquant(facts))
-        with Tracker(c, run.id, "report", folder) as tracker:
-            columns = ["candidate", "kl", "learn_seconds", "round_seconds"]
-            tracker.table("candidates", columns, [[n, *(m[k] for k in columns[1:])] for n, m in candidates.items()])
-            tracker.table("quality", ["model", *facts["scores"]["bf16"]], [[n, *s.values()] for n, s in scores.items()])
-            for name in ("quality", "agreement", "selection", "outliers", "layer_errors"):
-                tracker.image(name, folder / f"{name}.png")
-            tracker.summary({"chosen": chosen, "share": facts["share"], "hand_overs": facts["hand_overs"]})
-        return {"finished": facts["finished"]}
+        return report.render_spinquant(facts)
 
-    settings = {"version": llamaq.__version__, "metrics": metrics}
-    return run.stage("report", on_rank_zero(build), settings, inputs)
+    return report_stage(run, stages, lambda: gather(run, names, measured), render, card_of(run))
+
+
+def card_of(run: Run) -> dict[str, Any]:
+    """What the model card says of calibration and settings."""
+    c, s = run.config, run.config.rotations
+    learning = "published objective" if s.objective == "published" else "expected quantization noise"
+    return {
+        "base": Path(c.checkpoint_dir).name if c.base is None else "a model trained here",
+        "license": "llama3.2" if c.base is None else "other",
+        "shipped": SHIPPED,
+        "checkpoint": run.path(SHIPPED) / "model",
+        "rotation": run.metrics(SHIPPED)["chosen"],
+        "max_seq_length": c.export.max_seq_length,
+        "max_context_length": c.export.max_context_length,
+        "data": {f"calibration {i + 1}": f"{p.num_samples} windows of {data_line(p.dataset)}"
+                 for i, p in enumerate(s.calibration)} | {"held out": data_line(c.evaluate.dataset)},
+        "hyperparameters": {
+            "rotations": f"{learning}, {s.steps} steps, lr {s.lr}, then {s.refine_steps} steps by KL",
+            "rounding": f"{s.rounding}, damping {s.damping}",
+            "polish": f"{s.polish_steps} steps, lr {s.polish_lr}",
+        },
+    }  # fmt: skip
 
 
 def layer_errors(candidates: dict[str, Any], chosen: str) -> dict[str, list[float]]:
@@ -440,35 +472,24 @@ def layer_errors(candidates: dict[str, Any], chosen: str) -> dict[str, list[floa
             for how, key in (("to nearest", "nearest"), ("as rounded", "rounded"))}  # fmt: skip
 
 
-def gather(run: Run, names: list[str]) -> dict[str, Any]:
+def gather(run: Run, names: list[str], measured: list[str]) -> dict[str, Any]:
     """Everything the page states, from the stages' manifests."""
-    c, s, exported, chosen = run.config, run.config.rotations, run.metrics("export"), run.metrics("spinquant")
+    c, s, chosen = run.config, run.config.rotations, run.metrics(SHIPPED)
     return {
         **run.metrics("evaluate"),
-        "name": run.folder.name,
-        "finished": time.strftime("%Y-%m-%d %H:%M"),
-        "version": llamaq.__version__,
-        "packages": package_versions(),
-        "parameters": shape_of(c.model).weights,
-        "group_size": c.scheme.group_size,
+        **measured_facts(run, measured),
         "chosen": chosen["chosen"],
         "forced": chosen["forced"],
         "candidates": {n: run.metrics(f"candidate_{n}") for n in names},
         "calibration_tokens": run.metrics("calibrate")["tokens"],
         "selection_tokens": s.num_selection * c.tokenizer["max_seq_len"],
-        "hand_overs": {"executorch_eager": chosen["executorch_eager"], **exported["hand_overs"]},
-        "constants": exported["constants"],
-        "gate_tokens": c.export.gate_tokens,
-        "max_relative_error": c.export.max_relative_error,
-        "min_top1": c.export.min_top1_agreement,
-        "max_kl": c.export.max_kl,
-        "pte_bytes": exported["bytes"],
-        "prompt": exported["prompt"],
-        "answer": exported["answer"] or "(nothing)",
+        "hand_overs": {"executorch_eager": chosen["executorch_eager"], **run.metrics("export")["hand_overs"]},
         "files": {
-            "quantized checkpoint, Meta layout": run.path("spinquant") / "model",
+            "quantized checkpoint, Meta layout": run.path(SHIPPED) / "model",
             "exported model": run.path("export") / "model.pte",
             "rotations": run.path(f"candidate_{chosen['chosen']}") / "rotations.safetensors",
+            "model card": run.folder / "README.md",
+            "all numbers": run.path("report") / "report.json",
             "W&B, if offline": f"wandb sync {run.folder}/wandb/offline-run-*",
         },
     }
@@ -477,6 +498,7 @@ def gather(run: Run, names: list[str]) -> dict[str, Any]:
 def recipe(run: Run) -> None:
     c = run.config
     _ = c.rotations  # said before anything is done
+    check(c, ["bf16", "ptq", SHIPPED], SHIPPED)
     start(run)
     if c.rotations.force is not None:
         choose(c, {name: 0.0 for name, _, _ in candidate_names(c)})
@@ -484,9 +506,8 @@ def recipe(run: Run) -> None:
     for name, which, seed in candidate_names(c):
         candidate(run, name, which, seed)
     select(run)
-    export(run, "spinquant", shipped_model, context=1)
-    evaluate(run)
-    say(f"\nreport: {write_report(run)}/report.md")
+    export(run, SHIPPED, shipped_model, context=1)
+    say(f"\nreport: {evaluate_and_report(run)}/report.md")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,16 @@ def dpo_table(first: dict[str, Any], last: dict[str, Any]) -> str:
     return table(["DPO metric", f"step {first['step']}", f"step {last['step']}"], rows)
 
 
+def dpo_parts(dpo: dict[str, Any] | None) -> list[str]:
+    if dpo is None:
+        return []
+    skipped = len(dpo["skipped_pairs"])
+    return [
+        dpo_table(dpo["first"], dpo["last"]),
+        f"{dpo['samples']} pairs; {skipped} skipped for want of room for an answer.",
+    ]
+
+
 def share_lines(shares: dict[str, dict[str, float]]) -> str:
     """What training wins of the loss that quantizing the control costs, with its interval."""
     lines = []
@@ -125,10 +135,12 @@ def measured_parts(measured: dict[str, Any]) -> list[str]:
         read = next(iter(files["scores"].values()))
         parts += [
             "## Measured on the exported files",
-            f"The first {read['samples']:,} held-out samples ({read['tokens']:,} scored tokens), one token a call through "
-            "the KV cache of each file; beside it the same text read by the model as llamaq computes it, in float32.",
+            f"The first {read['samples']:,} held-out samples ({read['tokens']:,} scored tokens), one token a call "
+            "through the KV cache of each file; beside it the same text read by the model as llamaq computes it, in "
+            "float32.",
             files_table(files["scores"]),
-            "What ships in each form it takes, on the gates' tokens: KL(row ‖ column) in nats a token, top-1, top-5, SQNR.",
+            "What ships in each form it takes, on the gates' tokens: KL(row ‖ column) in nats a token, top-1, top-5, "
+            "SQNR.",
             pairs_table(files["pairs"]),
             "![by block](blocks.png)",
         ]
@@ -208,8 +220,7 @@ def render(facts: dict[str, Any]) -> str:
         table(["stage", "steps", "first loss", "last loss"], [
             [t["stage"], str(t["steps"]), f"{t['first']:.4f}", f"{t['last']:.4f}"] for t in facts["training"]
         ]),
-        dpo_table(dpo["first"], dpo["last"]),
-        f"{dpo['samples']} pairs; {len(dpo['skipped_pairs'])} skipped for want of room for an answer.",
+        *dpo_parts(dpo),
         "## Where things are",
         table(["what", "where"], [[what, f"`{where}`"] for what, where in facts["files"].items()]),
         "Versions: " + ", ".join(f"{k} {v}" for k, v in facts["packages"].items()) + ".",

@@ -29,7 +29,6 @@ import llamaq
 from llamaq.config import Config
 from llamaq.errors import UserError
 from llamaq.evaluate import card, plots, report
-from llamaq.evaluate.harness import check_tasks, eager_lm, pte_lm, run_tasks
 from llamaq.evaluate.scores import Scores, agreement, score, score_file, share_won_back
 from llamaq.evaluate.sensitivity import LINEARS, advice, divergence, sensitivity
 from llamaq.export.benchmark import MEASURES, benchmark, summary
@@ -131,6 +130,8 @@ def check(c: Config, known: list[str], shipped: str) -> None:
     """Find what is wrong with the evaluation's settings before anything is trained."""
     wanted_models(c, known, shipped)
     if c.evaluate.tasks:
+        from llamaq.evaluate.harness import check_tasks
+
         check_tasks(c.evaluate.tasks, _tasks_dir(c))
 
 
@@ -321,6 +322,8 @@ def sensitivities(run: Run, models: Models) -> Path:
 
 def tasks(run: Run, models: Models, name: str) -> Path:
     """lm-evaluation-harness on one model, or on one .pte file."""
+    from llamaq.evaluate.harness import eager_lm, pte_lm, run_tasks
+
     c = run.config
     key = name.removesuffix(".pte")
     source = [file_of(run, models, key)] if name.endswith(".pte") else models.known[key].inputs

@@ -129,6 +129,8 @@ class EvaluateConfig:
     tasks_dir: str | None = None  # folder of task files (YAML) of your own
     task_limit: int | None = None  # questions of a task
     num_fewshot: int | None = None  # unset: the task's own
+    perplexity_text: str | None = None  # plain text, documents parted by form feeds: perplexity by token and word
+    tasks_chat: bool = False  # ask in Llama 3's chat template
     speed: bool = True  # measure size, speed and memory of the .pte files on this machine
     speed_prompt_tokens: int = 64  # as in Meta's table
     speed_new_tokens: int = 64

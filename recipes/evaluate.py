@@ -29,6 +29,7 @@ import llamaq
 from llamaq.config import Config
 from llamaq.errors import UserError
 from llamaq.evaluate import card, plots, report
+from llamaq.evaluate.harness import EagerReader, PteReader, Reader, check_tasks, harness_model, perplexity, run_tasks
 from llamaq.evaluate.scores import Scores, agreement, score, score_file, share_won_back
 from llamaq.evaluate.sensitivity import LINEARS, advice, divergence, sensitivity
 from llamaq.export.benchmark import MEASURES, benchmark, summary
@@ -130,9 +131,9 @@ def check(c: Config, known: list[str], shipped: str) -> None:
     """Find what is wrong with the evaluation's settings before anything is trained."""
     wanted_models(c, known, shipped)
     if c.evaluate.tasks:
-        from llamaq.evaluate.harness import check_tasks
-
         check_tasks(c.evaluate.tasks, _tasks_dir(c))
+    if c.evaluate.perplexity_text and not Path(c.evaluate.perplexity_text).is_file():
+        raise UserError(f"evaluate.perplexity_text={c.evaluate.perplexity_text}: no such file")
 
 
 def _tasks_dir(c: Config) -> Path | None:
@@ -232,7 +233,7 @@ def measure(run: Run, models: Models) -> list[str]:
             stages.append(speed(run, folders).name)
     if c.evaluate.sensitivity_samples:
         stages.append(sensitivities(run, models).name)
-    if c.evaluate.tasks:
+    if c.evaluate.tasks or c.evaluate.perplexity_text:
         stages += [tasks(run, models, name).name for name in models.wanted(c)]
     return list(dict.fromkeys(stages))
 
@@ -320,10 +321,16 @@ def sensitivities(run: Run, models: Models) -> Path:
     return run.stage("sensitivity", on_rank_zero(build), settings, inputs_of(models, ["ptq"]))
 
 
+def text_perplexity(file: Path, reader: Reader, tokenizer: Any) -> dict[str, Any]:
+    """Perplexity of a text file's documents, which form feeds part, in the form of a task's result."""
+    documents = [d for d in file.read_text(encoding="utf-8").split("\f") if d.strip()]
+    result = perplexity(reader, tokenizer, documents)
+    names = ("token_perplexity", "word_perplexity", "bits_per_byte")
+    return {"metrics": {n: {"value": result[n], "stderr": None} for n in names}, "samples": len(documents)}
+
+
 def tasks(run: Run, models: Models, name: str) -> Path:
     """lm-evaluation-harness on one model, or on one .pte file."""
-    from llamaq.evaluate.harness import eager_lm, pte_lm, run_tasks
-
     c = run.config
     key = name.removesuffix(".pte")
     source = [file_of(run, models, key)] if name.endswith(".pte") else models.known[key].inputs
@@ -333,17 +340,26 @@ def tasks(run: Run, models: Models, name: str) -> Path:
         say(f"tasks of {name}: {', '.join(e.tasks)} …")
         if name.endswith(".pte"):
             file = source[0] / "model.pte"
-            lm = pte_lm(Pte(file), tokenizer)
+            reader = PteReader(Pte(file))
             what = {"file": file.name, "sha256": sha256_file(file)}
         else:
             model = models.known[key].make().eval().to(pick_device(c.device))
-            lm = eager_lm(model, tokenizer, c.export.max_context_length, e.batch_size)
+            reader = EagerReader(model, c.export.max_context_length, e.batch_size)
             what = {"file": None, "sha256": None}
-        return what | {"results": run_tasks(lm, e.tasks, _tasks_dir(c), e.task_limit, e.num_fewshot, c.seed)}
+        lm = harness_model(reader, tokenizer)
+        results = {}
+        if e.tasks:
+            results = run_tasks(lm, e.tasks, _tasks_dir(c), e.task_limit, e.num_fewshot, c.seed, e.tasks_chat)
+        if e.perplexity_text:
+            results[Path(e.perplexity_text).name] = text_perplexity(Path(e.perplexity_text), reader, tokenizer)
+        return what | {"results": results}
 
     e = c.evaluate
-    settings = {"tasks": e.tasks, "tasks_dir": e.tasks_dir, "limit": e.task_limit, "num_fewshot": e.num_fewshot,
-                "tokenizer": c.tokenizer, "max_length": c.export.max_context_length}  # fmt: skip
+    settings = {
+        "tasks": e.tasks, "tasks_dir": e.tasks_dir, "limit": e.task_limit, "num_fewshot": e.num_fewshot,
+        "chat": e.tasks_chat, "perplexity": e.perplexity_text, "tokenizer": c.tokenizer,
+        "max_length": c.export.max_context_length,
+    }  # fmt: skip
     return run.stage(f"tasks_{name}", on_rank_zero(build), settings, source)
 
 

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,15 @@ class Pte:
     def reset(self) -> None:
         """Forget the KV cache; its state lives in the loaded method."""
         self._forward: Any = self._program.load_method(self.method)
+
+    @cached_property
+    def full_logits(self) -> bool:
+        """Whether a call gives the logits of all its tokens (`PteOptions.full_logits`). Asking resets the cache."""
+        if self.max_tokens_per_call == 1:
+            return False
+        n = len(self.rows([0, 0], 0))
+        self.reset()
+        return n == 2
 
     def rows(self, tokens: list[int], position: int) -> Tensor:
         """Logits [n, vocab] of one call at `position`: of all tokens if exported with full logits, else of the last."""

@@ -134,7 +134,8 @@ def open_gguf(path: str, tokens: int, threads: int) -> tuple[Any, float, int, in
     def step(tokens: list[int], position: int, _log: Any = silent) -> int:
         if position == 0:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(tokens))(*tokens), len(tokens))
+        ids = (llama_cpp.llama_token * len(tokens))(*tokens)  # named: the batch only points to it
+        batch = llama_cpp.llama_batch_get_one(ids, len(tokens))
         if llama_cpp.llama_decode(context, batch) != 0:
             sys.exit(f"{path}: llama.cpp failed at position {position}")
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), shape=(vocab,))

@@ -3,8 +3,8 @@
 Both kinds answer the same questions in the same tokens: a context begins with <|begin_of_text|>, once; an empty
 context is that token alone; what is too long is cut on the left. Perplexity follows the harness: a document is read in
 windows of `max_length` tokens, the first after <|begin_of_text|>, each other after the last token of the one before;
-the last one reaches back to be as long, but every token is scored once. Token-level perplexity is exp(nll / tokens), word-level
-exp(nll / words between white space), and bits per byte nll / ln 2 / UTF-8 bytes.
+the last one reaches back to be as long, but every token is scored once. Token-level perplexity is exp(nll / tokens),
+word-level exp(nll / words between white space), and bits per byte nll / ln 2 / UTF-8 bytes.
 """
 
 import contextlib

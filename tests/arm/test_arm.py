@@ -18,8 +18,8 @@ from llamaq.export.meta import save_quantized
 from llamaq.export.pte import Pte, export_pte
 from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
-from llamaq.spinquant.rotations import Rotations, Shape, fuse_norms, rotate
-from llamaq.train.model import build_decoder
+from llamaq.spinquant.rotations import Rotations, Shape, rotate
+from llamaq.train.model import build_decoder, meta_decoder
 
 pytestmark = pytest.mark.arm
 TOKENS = torch.randint(0, MODEL["vocab_size"], (12,), generator=torch.Generator().manual_seed(3))
@@ -38,11 +38,9 @@ def checkpoint(folder: Path, kind: str) -> Path:
     if kind == "qat_lora":
         save_quantized(folder, trained_like(Scheme(), frozen=True).decoder, Scheme())
         return folder
-    weights = random_weights()
-    shape = Shape.of(build_decoder(MODEL, weights))
-    rotations = Rotations.random(shape, ("r1", "r2", "r4"), seed=0)
-    rotated = rotate(fuse_norms(weights, shape), rotations, shape)
-    decoder = freeze(prepare(build_decoder(MODEL, rotated), Scheme()))
+    weights, shape = random_weights(), Shape.of(meta_decoder(MODEL))
+    rotations = Rotations.random(shape, {"r1", "r2", "r4"}, 0)
+    decoder = freeze(prepare(build_decoder(MODEL, rotate(weights, shape, rotations)), Scheme()))
     save_quantized(folder, decoder, Scheme(), rotations.contract(), decoder.get_submodule("output"))
     return folder
 

@@ -96,7 +96,7 @@ class ExportConfig:
     """The .pte, and the gates it has to pass."""
 
     stage: str = "qat_dpo"  # which ships: qat_dpo; qat_lora, whose backbone other adapters can share; or qat
-    max_seq_length: int = 2048  # longest prompt in one call
+    max_seq_length: int = 512  # tokens in one call; longer prompts take several. The phone's memory grows with it
     max_context_length: int = 2048  # KV cache length
     prompt: str = "Hello, who are you?"  # answered by the exported file, for the report
     chat: bool = True  # put the prompt into the chat template; false for models of plain text

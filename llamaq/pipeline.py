@@ -71,6 +71,11 @@ def from_rank_zero(make: Callable[[], Any]) -> Any:
     return box[0]
 
 
+def on_rank_zero(build: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:
+    """A stage's work that is one process's, such as conversion and export; the other ranks wait."""
+    return lambda folder: from_rank_zero(lambda: build(folder))
+
+
 def everywhere(make: Callable[[], Any]) -> list[Any]:
     """Every rank computes, every rank gets all results in rank order; an exception on one is raised on all of them."""
     if world_size() == 1:

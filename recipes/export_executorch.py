@@ -10,47 +10,32 @@ hand-over is measured, fake-quantized → converted → ExecuTorch's eager model
 (`export.max_relative_error`, `export.min_top1_agreement`) is missed.
 """
 
-import copy
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from llamaq.config import Config
-from llamaq.errors import UserError
 from llamaq.evaluate.scores import agreement
-from llamaq.export.meta import (
-    BACKBONE,
-    backbone_hash,
-    load_peft,
-    load_quantized,
-    model_params,
-    save_float,
-    save_peft,
-    save_pth,
-    save_quantized,
+from llamaq.export.exporter import load_eager
+from llamaq.export.handover import (
+    GATE_CONTEXT,
+    check_gate,
+    check_method,
+    copy_tokenizer,
+    export_checked,
+    gate_settings,
+    gate_tokens,
+    prompt_tokens,
+    with_adapters,
 )
-from llamaq.export.pte import (
-    Pte,
-    PteOptions,
-    check_constants,
-    eager_cached_logits,
-    export_pte,
-    load_eager,
-    size_parts,
-)
-from llamaq.pipeline import Run, from_rank_zero, say, sha256_file, write_json
-from llamaq.quant.prepare import freeze, quantized_linears
+from llamaq.export.meta import BACKBONE, backbone_hash, load_quantized, save_peft, save_quantized
+from llamaq.export.pte import Pte
+from llamaq.pipeline import Run, on_rank_zero, say, write_json
 from llamaq.runner import main
-from llamaq.train.data import build_dataset
 from llamaq.train.model import CausalLM, build_model
 from llamaq.train.stages import tokenizer_of, weights_of
-
-GATE_CONTEXT = 8  # tokens of a short context: long enough for attention to matter, short enough to stay unperturbed
 
 
 def trained_model(run: Run, stage: str, frozen: bool = False) -> CausalLM:
@@ -65,66 +50,6 @@ def trained_model(run: Run, stage: str, frozen: bool = False) -> CausalLM:
 def final_model(run: Run, frozen: bool = False) -> CausalLM:
     """What ships: the model after `export.stage`, likewise."""
     return trained_model(run, run.config.export.stage, frozen)
-
-
-def gate_tokens(run: Run) -> list[int]:
-    """Held-out tokens, as many as `export.gate_tokens` says: what the gates are measured on."""
-    c = run.config
-    samples = build_dataset(c.evaluate.dataset, tokenizer_of(c), "evaluate.dataset")
-    wanted = min(c.export.gate_tokens, c.export.max_context_length)
-    tokens: list[int] = []
-    for i in range(len(samples)):
-        tokens += list(samples[i]["tokens"])
-        if len(tokens) >= wanted:
-            break
-    return tokens[:wanted]
-
-
-def check_gate(run: Run, what: str, result: dict[str, float], *names: str) -> dict[str, float]:
-    """Hold a hand-over against the gates named: relative_error, token_error, top1 or kl.
-
-    Raises:
-        UserError: it is worse than a gate allows.
-    """
-    e = run.config.export
-    gates = {
-        "relative_error": ("export.max_relative_error", e.max_relative_error),
-        "token_error": ("export.max_relative_error", e.max_relative_error),
-        "kl": ("export.max_kl", e.max_kl),
-        "top1": ("export.min_top1_agreement", e.min_top1_agreement),
-    }
-    say(f"{what}: " + ", ".join(f"{n} {result[n]:.3g}" for n in names))
-    for name in names:
-        setting, limit = gates[name]
-        if not (result[name] >= limit if name == "top1" else result[name] <= limit):
-            raise UserError(
-                f"gate missed: {what} has {name} {result[name]:.3g}, {setting} is {limit:g}: what would ship is not "
-                "what was trained"
-            )
-    return result
-
-
-def pte_gates(
-    run: Run, pte: Pte, tokens: list[int], logits_of: Callable[[list[int]], Tensor], context: int = GATE_CONTEXT
-) -> dict[str, dict[str, float]]:
-    """The .pte against the fake-quantized model: on contexts of a few tokens, and on one long context.
-
-    The two compute the same numbers up to the order of float32 sums (2e-7), until an activation falls so close to the
-    border between two int8 levels that this order decides: about once in 25 tokens for a 5 M parameter model, in every
-    token of a 1B one. That token, and through the KV cache all after it, then differs by one rounding, some 5e-3.
-    So short contexts are gated by their median token, which a wrong scale anywhere would move to 1e-2, and the long
-    context, which shows that the cache and its positions are right, by its KL. A rotated model's activations are spread
-    evenly over the levels, so more of them lie near a border (4 layers: one token in four): its contexts are one token.
-    """
-    windows = [tokens[i : i + context] for i in range(0, len(tokens), context)]
-    short = [(logits_of(w), pte.logits(w)) for w in windows]
-    expected, logits = (torch.cat(side) for side in zip(*short, strict=True))
-    long = agreement(logits_of(tokens), pte.logits(tokens))
-    what = f"what was trained → {pte.path.name}"
-    return {
-        "pte": check_gate(run, f"{what}, contexts of {context}", agreement(expected, logits), "token_error", "top1"),
-        "pte_long": check_gate(run, f"{what}, one context of {len(tokens)}", long, "kl"),
-    }
 
 
 @torch.no_grad()
@@ -157,13 +82,6 @@ def convert(run: Run) -> Path:
     return run.stage("convert", on_rank_zero(build), settings | gate_settings(run), trained)
 
 
-def copy_tokenizer(c: Config, folder: Path) -> None:
-    for key in ("path", "special_tokens_path"):
-        if c.tokenizer.get(key):
-            name = "tokenizer.model" if key == "path" else Path(c.tokenizer[key]).name
-            shutil.copyfile(c.tokenizer[key], folder / name)
-
-
 @torch.no_grad()
 def export(
     run: Run, source: str = "convert", model: Callable[[Run], CausalLM] = final_model, context: int = GATE_CONTEXT
@@ -194,116 +112,6 @@ def export(
 
     settings = {"export": c.export, "tokenizer": c.tokenizer} | gate_settings(run)
     return run.stage("export", on_rank_zero(build), settings, [converted, *adapters.values()])
-
-
-@torch.no_grad()
-def export_model(run: Run, name: str, make: Callable[[], CausalLM], inputs: list[Path], context: int) -> Path:
-    """A model of the run that does not ship, as `export_NAME/model.pte`, through the same gates.
-
-    Quantized ones as what ships is; one in full precision in `export.baseline_dtype`, whose rounding is reported, not
-    gated.
-    """
-    c = run.config
-
-    def build(folder: Path) -> dict[str, Any]:
-        model, checkpoint = make(), folder / "model"
-        if next(iter(quantized_linears(model.decoder).values())).fmt is None:
-            save_float(checkpoint, model.decoder.state_dict(), model_params(model.decoder))
-        else:
-            frozen = freeze(copy.deepcopy(model.decoder))
-            save_quantized(checkpoint, frozen, run.scheme)
-        return export_checked(run, checkpoint, folder / "model.pte", model, context)
-
-    settings = {"export": c.export, "tokenizer": c.tokenizer, "model": c.model} | gate_settings(run)
-    return run.stage(f"export_{name}", on_rank_zero(build), settings, inputs)
-
-
-def export_checked(
-    run: Run, checkpoint: Path, pte_file: Path, model: CausalLM, context: int, methods: dict[str, Path] | None = None
-) -> dict[str, Any]:
-    """Export a checkpoint; hold its constants and its logits against what they should be.
-
-    Returns:
-        hand_overs, constants (how many tensors were found in the file bit for bit), bytes, parts, sha256.
-    """
-    e, tokenizer = run.config.export, tokenizer_of(run.config)
-    quantized = "quantization_args" in json.loads((checkpoint / "params.json").read_text())
-    options = PteOptions(
-        quantize_kv_cache=e.quantize_kv_cache,
-        dynamic_shape=e.dynamic_shape,
-        full_logits=e.full_logits,
-        dtype="fp32" if quantized else e.baseline_dtype,
-    )
-    say(f"exporting {pte_file} with ExecuTorch (up to a minute for a tiny model, 10 for 1B) …")
-    export_pte(
-        checkpoint, pte_file, e.max_seq_length, e.max_context_length,
-        list(tokenizer.stop_tokens), tokenizer.bos_id, options, methods,
-    )  # fmt: skip
-    pte, tokens = Pte(pte_file), gate_tokens(run)
-    result: dict[str, Any] = {"bytes": pte_file.stat().st_size, "sha256": sha256_file(pte_file)}
-    if not quantized:
-        floats = agreement(model(torch.tensor([tokens]))[0], pte.logits(tokens))
-        say(f"float32 → {pte_file.parent.name} in {e.baseline_dtype}: KL {floats['kl']:.3g}, top1 {floats['top1']:.3g}")
-        return result | {"hand_overs": {"pte_float": floats}}
-    result["constants"] = check_constants(checkpoint, pte_file)
-    say(f"{pte_file.name} holds all {result['constants']} tensors of the checkpoint bit for bit")
-    if e.quantize_kv_cache:  # the file is held against the same cache; what the cache itself costs is said, not gated
-        gates = pte_gates(run, pte, tokens, lambda t: eager_cached_logits(checkpoint, t, options), context)
-        gates["kv_cache"] = agreement(model(torch.tensor([tokens]))[0], pte.logits(tokens))
-    else:
-        gates = pte_gates(run, pte, tokens, lambda t: model(torch.tensor([t]))[0], context)
-    return result | {"hand_overs": gates, "parts": size_parts(checkpoint, pte_file)}
-
-
-def with_adapters(checkpoint: Path, adapter: Path, folder: Path) -> Path:
-    """A checkpoint's codes with the adapters of a PEFT folder, written to `folder`.
-
-    Raises:
-        UserError: the adapters do not fit, or were trained on another backbone.
-    """
-    backbone = json.loads((adapter / BACKBONE).read_text())["sha256"] if (adapter / BACKBONE).is_file() else None
-    if backbone is not None and backbone != backbone_hash(checkpoint):
-        raise UserError(f"{adapter} was trained on another quantized backbone than {checkpoint}: it would not fit")
-    tensors = torch.load(checkpoint / "consolidated.00.pth", weights_only=True)
-    params = json.loads((checkpoint / "params.json").read_text())
-    tensors |= load_peft(adapter, params, tensors)
-    folder.mkdir(parents=True)
-    save_pth(folder / "consolidated.00.pth", tensors)
-    shutil.copyfile(checkpoint / "params.json", folder / "params.json")
-    return folder
-
-
-def check_method(run: Run, checkpoint: Path, pte_file: Path, name: str, context: int) -> dict[str, float]:
-    """A further method of a .pte against ExecuTorch's eager model of its checkpoint."""
-    tokens, options = gate_tokens(run), PteOptions(quantize_kv_cache=run.config.export.quantize_kv_cache)
-    windows = [tokens[i : i + context] for i in range(0, len(tokens), context)]
-    pte = Pte(pte_file, name)
-    expected = torch.cat([eager_cached_logits(checkpoint, w, options) for w in windows])
-    result = agreement(expected, torch.cat([pte.logits(w) for w in windows]))
-    return check_gate(run, f"adapters {name} → method {name}", result, "token_error", "top1")
-
-
-def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """A prompt as the model saw it in training: a user's turn and the start of the answer, or plain text."""
-    if not chat:
-        return tokenizer.encode(prompt, add_bos=True, add_eos=False)
-    from torchtune.data import Message
-
-    messages = [Message(role="user", content=prompt), Message(role="assistant", content="")]
-    return tokenizer.tokenize_messages(messages, add_end_tokens=False)[0]
-
-
-def gate_settings(run: Run) -> dict[str, Any]:
-    e = run.config.export
-    return {
-        "gates": [e.gate_tokens, e.max_relative_error, e.min_top1_agreement, e.max_kl],
-        "heldout": run.config.evaluate.dataset,
-    }
-
-
-def on_rank_zero(build: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:
-    """Conversion and export are one process's work; the other ranks wait."""
-    return lambda folder: from_rank_zero(lambda: build(folder))
 
 
 def recipe(run: Run) -> None:

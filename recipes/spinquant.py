@@ -28,32 +28,16 @@ from torch import Tensor
 from llamaq.config import Config
 from llamaq.errors import UserError
 from llamaq.evaluate import plots, report
+from llamaq.evaluate.measure import Candidate, Models, check, measure, score_all, score_metrics, score_stage
+from llamaq.evaluate.publish import data_line, measured_facts, report_stage
 from llamaq.evaluate.scores import agreement, share_of_kl
+from llamaq.export.exporter import load_eager
+from llamaq.export.handover import check_gate, copy_tokenizer, gate_settings, gate_tokens
 from llamaq.export.meta import load_quantized, save_quantized
-from llamaq.export.pte import load_eager
-from llamaq.pipeline import Run, from_rank_zero, say
+from llamaq.pipeline import Run, from_rank_zero, on_rank_zero, say
 from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
-from llamaq.recipes.evaluate import (
-    Candidate,
-    Models,
-    check,
-    data_line,
-    measure,
-    measured_facts,
-    report_stage,
-    score_all,
-    score_metrics,
-    score_stage,
-)
-from llamaq.recipes.export_executorch import (
-    check_gate,
-    copy_tokenizer,
-    export,
-    gate_settings,
-    gate_tokens,
-    on_rank_zero,
-)
+from llamaq.recipes.export_executorch import export
 from llamaq.recipes.qat import start
 from llamaq.runner import main
 from llamaq.spinquant.learn import (

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaq.evaluate.report import MODELS, measured_parts, quality_table, table
-from llamaq.export.pte import executorch_arguments
+from llamaq.export.exporter import executorch_arguments
 
 MARK = "<!-- Written by llamaq; delete this line to keep your own version. -->"
 

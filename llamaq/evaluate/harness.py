@@ -139,7 +139,9 @@ def harness_model(reader: Reader, tokenizer: Any) -> Any:
     special = re.compile("|".join(re.escape(s) for s in tokenizer.special_tokens))
 
     class HarnessModel(TemplateLM):
-        tokenizer_name = "llama3"
+        @property
+        def tokenizer_name(self) -> str:
+            return "llama3"
 
         @property
         def eot_token_id(self) -> int:
@@ -292,9 +294,10 @@ def run_tasks(
     manager = check_tasks(names, folder)
     import lm_eval
 
+    evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its signature
     try:
         with quietly():
-            result: Any = lm_eval.simple_evaluate(
+            result = evaluate(
                 model, tasks=manager.match_tasks(names), task_manager=manager, limit=limit, num_fewshot=num_fewshot,
                 random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
                 apply_chat_template=chat, log_samples=False,

@@ -112,7 +112,7 @@ def open_gguf(path: str, tokens: int, threads: int) -> tuple[Any, float, int, in
     """A .gguf run by llama.cpp, likewise."""
     import ctypes
 
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]  (llamaq[bench])
     import numpy as np
 
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)

@@ -1,311 +1,16 @@
-"""The .pte, made by ExecuTorch's own exporter from the quantized Meta-layout checkpoint, codes untouched.
+"""A .pte, loaded and run; and what it consists of: every tensor of the checkpoint, bit for bit."""
 
-ExecuTorch's loader does not say when a key is missing or left over, and by default it derives scales anew (HQQ); here
-its pre-quantized path is used, every key is accounted for, and the file is compared with what was trained.
-"""
-
-import contextlib
-import copy
-import gc
-import io
-import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llamaq.errors import UserError
-from llamaq.export.meta import feed_forward_width, rotation_block
-from llamaq.noise import without_native_noise
-
-# buffers of ExecuTorch's model that no checkpoint holds: zero points are 0, caches and tables are made at load
-_NOT_IN_CHECKPOINT = (".zeros", "kv_cache.k_cache", "kv_cache.v_cache", "mask", "freqs_cos", "freqs_sin")
-
-
-@dataclass(frozen=True)
-class PteOptions:
-    """What may be chosen of a .pte; the rest follows from the checkpoint. All of them run in ExecuTorch 1.4.1."""
-
-    quantize_kv_cache: bool = False  # int8 per token and head: a quarter of the cache's memory, some loss of quality
-    dynamic_shape: bool = True  # prompts in one call; without it one token a call: slower to read, quicker to export
-    full_logits: bool = False  # logits of every token of a call, not of its last one only: for evaluation
-    dtype: str = "fp32"  # of a checkpoint that is not quantized: fp32 or bf16
-
-
-def executorch_arguments(
-    checkpoint: Path, max_seq_length: int, max_context_length: int, output: Path, metadata: dict[str, Any],
-    options: PteOptions = PteOptions(),
-) -> list[str]:  # fmt: skip
-    """The exporter's command line for a checkpoint folder: what a user would type after `export_llama`."""
-    params = json.loads((checkpoint / "params.json").read_text())
-    arguments = [
-        "--model", "llama3_2",
-        "--checkpoint", str(checkpoint / "consolidated.00.pth"),
-        "--params", str(checkpoint / "params.json"),
-        "--use_sdpa_with_kv_cache", "-kv", "-X", "-d", options.dtype,
-        "--max_seq_length", str(max_seq_length),
-        "--max_context_length", str(max_context_length),
-        "--output-dir", str(output.parent),
-        "--output_name", output.stem,
-        "--metadata", json.dumps(metadata),
-        *(["--quantize_kv_cache"] if options.quantize_kv_cache else []),
-        *([] if options.dynamic_shape else ["--disable_dynamic_shape"]),
-    ]  # fmt: skip
-    if options.dtype == "fp32":
-        arguments += ["--xnnpack-extended-ops"]  # XNNPACK computes in float32
-    if "quantization_args" not in params:
-        return arguments
-    quantization = params["quantization_args"]
-    arguments += [
-        "--preq_mode", "8da4w_output_8da8w",
-        "--preq_group_size", str(quantization["group_size"]),
-        "--preq_embedding_quantize", "8,0",
-    ]  # fmt: skip
-    if rotation_block(params, feed_forward_width(params), str(checkpoint)):
-        return [*arguments, "--use_spin_quant", "native"]
-    return [*arguments, "-qat", *(["-lora", str(params["lora_args"]["rank"])] if "lora_args" in params else [])]
-
-
-def _config(arguments: list[str], full_logits: bool = False) -> Any:
-    from executorch.examples.models.llama.export_llama_lib import build_args_parser
-    from executorch.extension.llm.export.config.llm_config import LlmConfig
-
-    config = LlmConfig.from_args(build_args_parser().parse_args(arguments))
-    config.debug.generate_full_logits = full_logits
-    return config
-
-
-@contextlib.contextmanager
-def online_blocks(checkpoint: Path) -> Iterator[None]:
-    """Where R4 mixes blocks of a width that its operator does not take whole, let ExecuTorch's model do so too."""
-    from executorch.examples.models.llama.source_transformation import spin_quant
-
-    params = json.loads((checkpoint / "params.json").read_text())
-    hidden = feed_forward_width(params)
-    block = rotation_block(params, hidden, str(checkpoint)) if "quantization_args" in params else 0
-    name = "inject_fast_hadamard_transform_native_for_spin_quant"
-    theirs = getattr(spin_quant, name)
-
-    class InBlocks(nn.Module):
-        def __init__(self, feed_forward: Any):
-            super().__init__()
-            self.w1, self.w2, self.w3 = feed_forward.w1, feed_forward.w2, feed_forward.w3
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = nn.functional.silu(self.w1(x)) * self.w3(x)
-            return self.w2(torch.ops.llama.fast_hadamard_transform(h.unflatten(-1, (-1, block))).flatten(-2))
-
-    def inject(model: nn.Module) -> nn.Module:
-        for layer in model.get_submodule("layers").children():
-            layer.feed_forward = InBlocks(layer.feed_forward)
-        return model
-
-    if block:
-        hadamard_operator()  # registers it: a KV cache's operators, which would too, are not in every model
-    if block and block != hidden:
-        setattr(spin_quant, name, inject)
-    try:
-        yield
-    finally:
-        setattr(spin_quant, name, theirs)
-
-
-def load_eager(checkpoint: Path, max_length: int) -> nn.Module:
-    """The checkpoint as ExecuTorch's own eager model, without a KV cache: tokens [1, s] → logits [1, s, vocab].
-
-    Raises:
-        UserError: a key of the checkpoint that its model lacks, or the other way round.
-    """
-    arguments = executorch_arguments(checkpoint, max_length, max_length, checkpoint / "eager", {})
-    arguments = [a for a in arguments if a not in ("--use_sdpa_with_kv_cache", "-kv")]
-    with quiet(), online_blocks(checkpoint):
-        from executorch.examples.models.llama.export_llama_lib import get_llama_model
-
-        model, _, _ = get_llama_model(_config(arguments, full_logits=True))
-    check_keys(checkpoint, model)
-    return model
-
-
-@torch.no_grad()
-def eager_cached_logits(checkpoint: Path, tokens: list[int], options: PteOptions) -> Tensor:
-    """What ExecuTorch's own eager model computes with the KV cache of `options`, token by token: [len(tokens), vocab].
-
-    A quantized cache changes the numbers; this is what a .pte that has one is held against.
-    """
-    length = len(tokens) + 1
-    arguments = executorch_arguments(checkpoint, length, length, checkpoint / "eager", {}, options)
-    hadamard_operator()  # registers the cache's operators
-    with quiet(), online_blocks(checkpoint):
-        from executorch.examples.models.llama.export_llama_lib import get_llama_model
-
-        model, _, _ = get_llama_model(_config(arguments))
-        rows = [model(torch.tensor([[t]]), {"input_pos": torch.tensor([i])}) for i, t in enumerate(tokens)]
-    return torch.cat([r.reshape(1, -1) for r in rows])
-
-
-def check_keys(checkpoint: Path, model: nn.Module) -> None:
-    """Every tensor of the checkpoint is in ExecuTorch's model and the other way round.
-
-    Raises:
-        UserError: naming the first keys that are not.
-    """
-    stored = set(torch.load(checkpoint / "consolidated.00.pth", mmap=True, weights_only=True))
-    loaded = {k for k in model.state_dict() if not k.endswith(_NOT_IN_CHECKPOINT)}
-    for what, keys in (("misses", loaded - stored), ("does not know", stored - loaded)):
-        if keys:
-            raise UserError(f"{checkpoint}: ExecuTorch's model {what} {len(keys)} keys, e.g. {sorted(keys)[:3]}")
-
-
-def export_pte(
-    checkpoint: Path, output: Path, max_seq_length: int, max_context_length: int, eos_ids: list[int], bos_id: int,
-    options: PteOptions = PteOptions(),
-    adapters: dict[str, Path] | None = None,
-) -> None:  # fmt: skip
-    """Export `checkpoint` (a folder of `llamaq.export.meta`, quantized or not) to the file `output`.
-
-    Args:
-        checkpoint: what the method `forward` computes.
-        output: the file to write.
-        max_seq_length: longest prompt in one call.
-        max_context_length: of the KV cache.
-        eos_ids: tokens that end an answer, for the runner.
-        bos_id: the token a prompt begins with.
-        options: of the export.
-        adapters: further methods by name, each a checkpoint with the same codes and adapters of its own. What they
-            have in common is stored once, and they share the KV cache's memory.
-
-    Raises:
-        UserError: the exporter refused the checkpoint.
-    """
-    metadata = {"get_bos_id": bos_id, "get_eos_ids": eos_ids}
-    arguments = executorch_arguments(checkpoint, max_seq_length, max_context_length, output, metadata, options)
-    with quiet() as printed, online_blocks(checkpoint), light_tracing(), adapters_as_methods():
-        from executorch.examples.models.llama.export_llama_lib import export_llama
-        from executorch.extension.llm.export.config.llm_config import LoraConfig, MethodConfig
-
-        config = _config(arguments, options.full_logits)
-        if adapters:
-            further = [
-                MethodConfig(name, LoraConfig(str(folder / "consolidated.00.pth"))) for name, folder in adapters.items()
-            ]
-            config.multimethod.methods = [MethodConfig("forward"), *further]
-            config.multimethod.share_mutable_buffers = True
-        try:
-            written = Path(export_llama(config))
-        except (AssertionError, TypeError, ValueError) as e:
-            raise UserError(f"ExecuTorch's exporter refused {checkpoint}: {e!r}\n{printed.getvalue()[-2000:]}") from e
-    if written.resolve() != output.resolve():
-        written.replace(output)
-
-
-@contextlib.contextmanager
-def light_tracing() -> Iterator[None]:
-    """Spare the exporter a fifth of its time, spent on copies and on looking for garbage; the file stays the same.
-
-    Each of some 25,000 times that a node is traced again, torch.fx deep-copies the history of the node it came from.
-    Nobody changes that history, so it may be shared.
-    """
-    from torch.fx.traceback import NodeSource
-
-    threshold = gc.get_threshold()
-    NodeSource.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]
-    gc.set_threshold(100_000, *threshold[1:])
-    try:
-        yield
-    finally:
-        del NodeSource.__deepcopy__  # pyright: ignore[reportAttributeAccessIssue]
-        gc.set_threshold(*threshold)
-
-
-@contextlib.contextmanager
-def adapters_as_methods() -> Iterator[None]:
-    """Let the exporter's methods of one .pte be pre-quantized checkpoints that differ in their adapters.
-
-    It can put several methods in a file, but loads each one's adapters its own way, which a pre-quantized backbone does
-    not know (`export_llama_lib._export_llama_multimethod`). Here the method's "adapter" is a whole checkpoint.
-    """
-    from executorch.examples.models.llama import export_llama_lib
-
-    prepare = export_llama_lib._prepare_for_llama_export
-
-    def prepare_method(config: Any) -> Any:
-        if config.base.lora_config is not None:
-            config = copy.deepcopy(config)
-            config.base.checkpoint, config.base.lora_config = config.base.lora_config.adapter_checkpoint, None
-        return prepare(config)
-
-    export_llama_lib._prepare_for_llama_export = prepare_method
-    try:
-        yield
-    finally:
-        export_llama_lib._prepare_for_llama_export = prepare
-
-
-def check_constants(checkpoint: Path, pte: Path) -> int:
-    """Every tensor of the checkpoint lies in the .pte bit for bit, in the form XNNPACK stores it; returns how many.
-
-    int4 codes two to a byte with 8 added, group scales as bf16, adapters and norms as float32, rows as they are
-    (executorch/backends/xnnpack/operators/node_visitor.py). This is exact where comparing logits cannot be.
-
-    Raises:
-        UserError: naming the first tensors that are not there.
-    """
-    tensors = torch.load(checkpoint / "consolidated.00.pth", mmap=True, weights_only=True)
-    wanted = {name: _stored_bytes(name, t) for name, t in tensors.items()}
-    file = np.memmap(pte, dtype=np.uint8, mode="r")
-    # constants start at multiples of 16 bytes: look their first 8 bytes up there, then compare whole
-    starts = file[: len(file) // 16 * 16].view(np.uint64)[::2]
-    first = {name: int(data[:8].view(np.uint64)[0]) for name, data in wanted.items()}
-    candidates = np.flatnonzero(np.isin(starts, np.array(list(first.values()), dtype=np.uint64)))
-    by_value: dict[int, list[int]] = {}
-    for i in candidates.tolist():
-        by_value.setdefault(int(starts[i]), []).append(i * 16)
-
-    def found(name: str) -> bool:
-        data = wanted[name]
-        return any(np.array_equal(file[at : at + len(data)], data) for at in by_value.get(first[name], []))
-
-    absent = [name for name in wanted if not found(name)]
-    if absent:
-        raise UserError(
-            f"{pte} does not hold {len(absent)} of the checkpoint's {len(wanted)} tensors bit for bit (first: "
-            f"{', '.join(absent[:3])}): the exporter changed them"
-        )
-    return len(wanted)
-
-
-def _stored_bytes(name: str, t: Tensor) -> np.ndarray:
-    in_block = name.startswith("layers.")
-    if t.dtype == torch.int8 and in_block:
-        nibbles = (t + 8).to(torch.uint8).flatten()
-        t = nibbles[1::2] << 4 | nibbles[::2]
-    elif in_block and name.endswith(".scales"):
-        t = t.bfloat16()
-    elif t.dtype != torch.int8:
-        t = t.float()
-    return t.contiguous().view(-1).view(torch.uint8).numpy()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[io.StringIO]:
-    """Keep the exporter's hundreds of lines of graph and progress off the screen; yields what it printed."""
-    printed = io.StringIO()
-    level = logging.root.manager.disable
-    with contextlib.redirect_stdout(printed), warnings.catch_warnings(), without_native_noise():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield printed
-        finally:
-            logging.disable(level)
+from llamaq.export.exporter import quiet
 
 
 class Pte:
@@ -332,8 +37,7 @@ class Pte:
             self.reset()
         self.max_seq_length = self.metadata("get_max_seq_len")
         self.max_context_length = self.metadata("get_max_context_len")
-        # ExecuTorch exports dynamic shapes for up to one token less
-        self.max_tokens_per_call = self.max_seq_length - 1 if self.metadata("enable_dynamic_shape") else 1
+        self.max_tokens_per_call = self.max_seq_length if self.metadata("enable_dynamic_shape") else 1
 
     def metadata(self, name: str) -> Any:
         """A constant the exporter stored, e.g. get_max_seq_len, get_bos_id, get_eos_ids."""
@@ -385,6 +89,51 @@ class Pte:
         return answer
 
 
+def check_constants(checkpoint: Path, pte: Path) -> int:
+    """Every tensor of the checkpoint lies in the .pte bit for bit, in the form XNNPACK stores it; returns how many.
+
+    int4 codes two to a byte with 8 added, group scales as bf16, adapters and norms as float32, rows as they are
+    (executorch/backends/xnnpack/operators/node_visitor.py). This is exact where comparing logits cannot be.
+
+    Raises:
+        UserError: naming the first tensors that are not there.
+    """
+    tensors = torch.load(checkpoint / "consolidated.00.pth", mmap=True, weights_only=True)
+    wanted = {name: _stored_bytes(name, t) for name, t in tensors.items()}
+    file = np.memmap(pte, dtype=np.uint8, mode="r")
+    # constants start at multiples of 16 bytes: look their first 8 bytes up there, then compare whole
+    starts = file[: len(file) // 16 * 16].view(np.uint64)[::2]
+    first = {name: int(data[:8].view(np.uint64)[0]) for name, data in wanted.items()}
+    candidates = np.flatnonzero(np.isin(starts, np.array(list(first.values()), dtype=np.uint64)))
+    by_value: dict[int, list[int]] = {}
+    for i in candidates.tolist():
+        by_value.setdefault(int(starts[i]), []).append(i * 16)
+
+    def found(name: str) -> bool:
+        data = wanted[name]
+        return any(np.array_equal(file[at : at + len(data)], data) for at in by_value.get(first[name], []))
+
+    absent = [name for name in wanted if not found(name)]
+    if absent:
+        raise UserError(
+            f"{pte} does not hold {len(absent)} of the checkpoint's {len(wanted)} tensors bit for bit (first: "
+            f"{', '.join(absent[:3])}): the exporter changed them"
+        )
+    return len(wanted)
+
+
+def _stored_bytes(name: str, t: Tensor) -> np.ndarray:
+    in_block = name.startswith("layers.")
+    if t.dtype == torch.int8 and in_block:
+        nibbles = (t + 8).to(torch.uint8).flatten()
+        t = nibbles[1::2] << 4 | nibbles[::2]
+    elif in_block and name.endswith(".scales"):
+        t = t.bfloat16()
+    elif t.dtype != torch.int8:
+        t = t.float()
+    return t.contiguous().view(-1).view(torch.uint8).numpy()
+
+
 def size_parts(checkpoint: Path, pte: Path) -> dict[str, int]:
     """Bytes of a quantized .pte by what they hold; tensors as XNNPACK stores them, the rest is the program."""
     tensors = torch.load(checkpoint / "consolidated.00.pth", mmap=True, weights_only=True)
@@ -406,10 +155,3 @@ def size_parts(checkpoint: Path, pte: Path) -> dict[str, int]:
 
 def _stored_size(t: Tensor, part: str) -> int:
     return {"int4 codes": t.numel() // 2, "group scales": t.numel() * 2}.get(part, t.numel() * 4)
-
-
-def hadamard_operator() -> Any:
-    """ExecuTorch's online transform, `llama::fast_hadamard_transform`: x [..., n] → the same shape, float32."""
-    with quiet():
-        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
-    return torch.ops.llama.fast_hadamard_transform

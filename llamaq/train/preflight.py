@@ -43,4 +43,4 @@ def preflight(c: Config) -> str:
     for i, part in enumerate(c.spinquant.calibration if c.spinquant else []):
         check_files(part.dataset, f"spinquant.calibration[{i}].dataset")
     check_files(c.evaluate.dataset, "evaluate.dataset")
-    return state_plan(c, tokenizer.max_seq_len or c.export.max_seq_length)
+    return state_plan(c, tokenizer.max_seq_len or c.export.max_context_length)

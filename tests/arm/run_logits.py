@@ -3,10 +3,11 @@
     DIR/python run_logits.py MODEL.pte TOKENS.npy OUT.npz
 
 TOKENS.npy holds int64 [t]. OUT.npz gets `stepped`, float32 [t, vocab], one token a call through the KV cache;
-`prefilled` [vocab], after all of them in one call; and what ran: `machine`, and how many `kai_` names (KleidiAI's kernels)
-the runtime's library has.
+`prefilled` [vocab], after all of them in one call; and what ran: `machine`, and how many `kai_` names (KleidiAI's
+kernels) the runtime's library has.
 """
 
+# ruff: noqa: E402  (dlopen's flags have to be set before anything of torch is loaded)
 import os
 import platform
 import sys
@@ -33,5 +34,5 @@ def call(method, chunk, position):
 method = program.load_method("forward")
 stepped = torch.stack([call(method, tokens[i : i + 1], i) for i in range(len(tokens))])
 prefilled = call(program.load_method("forward"), tokens, 0)
-kernels = Path(_portable_lib.__file__).read_bytes().count(b"kai_")
+kernels = Path(str(_portable_lib.__file__)).read_bytes().count(b"kai_")
 np.savez(out, stepped=stepped.numpy(), prefilled=prefilled.numpy(), machine=platform.machine(), kleidiai=kernels)

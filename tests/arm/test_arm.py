@@ -14,8 +14,9 @@ import torch
 from conftest import MODEL, random_weights, trained_like
 
 from llamaq.evaluate.scores import agreement
+from llamaq.export.exporter import export_pte
 from llamaq.export.meta import save_quantized
-from llamaq.export.pte import Pte, export_pte
+from llamaq.export.pte import Pte
 from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
 from llamaq.spinquant.rotations import Rotations, Shape, rotate

@@ -11,6 +11,7 @@ with ratios to the first model; --json keeps every single measurement.
 
 import argparse
 import json
+import multiprocessing
 import resource
 import subprocess
 import sys
@@ -24,14 +25,14 @@ from torch import Tensor
 from llamaq import torchao_compat  # noqa: F401
 from llamaq.config import load
 from llamaq.export.benchmark import benchmark, markdown
+from llamaq.export.exporter import PteOptions, export_pte
 from llamaq.export.meta import feed_forward_width, model_params, quantized_state_dict, save_pth
-from llamaq.export.pte import PteOptions, export_pte
 from llamaq.pipeline import write_json
 from llamaq.quant.prepare import add_adapters, freeze, prepare
 from llamaq.quant.scheme import Scheme
 from llamaq.train.model import meta_decoder
 
-CONTEXT = 2048
+CONTEXT, CALL = 2048, 512  # tokens in the KV cache, and in one call: as in configs/llama3_2
 MODELS = ("bf16", "fp32", "ptq", "qat_lora", "spinquant", "q4_0")
 
 
@@ -81,15 +82,19 @@ def write_checkpoint(folder: Path, shape: str, kind: str) -> None:
 
 
 def export(folder: Path, shape: str, kind: str) -> None:
-    """One .pte or .gguf, in this process; says what it took."""
+    """One .pte, in this process but for its checkpoint, whose memory is not the exporter's; or .gguf. Says what it took."""
     start = time.process_time()
     if kind == "q4_0":
         write_gguf(folder / f"{shape}_{kind}.gguf", shape)
         return
     checkpoint, partial = folder / f"{shape}_{kind}", folder / f"{shape}_{kind}.partial.pte"
-    write_checkpoint(checkpoint, shape, kind)
+    writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(checkpoint, shape, kind))
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        sys.exit(f"{checkpoint} could not be written")
     options = PteOptions(dtype=kind if kind in ("bf16", "fp32") else "fp32")
-    export_pte(checkpoint, partial, CONTEXT, CONTEXT, [128001], 128000, options)
+    export_pte(checkpoint, partial, CALL, CONTEXT, [128001], 128000, options)
     partial.rename(folder / f"{shape}_{kind}.pte")
     (checkpoint / "consolidated.00.pth").unlink()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -170,7 +175,7 @@ def main() -> None:
     result = benchmark(files, a.prompt_tokens, a.new_tokens, a.runs, a.rounds, a.threads)
     s = result["settings"]
     print(
-        f"\nLlama 3.2 {a.shape}, random weights, context {CONTEXT}; {result['device']}, {s['threads']} threads, ",
+        f"\nLlama 3.2 {a.shape}, random weights, context {CONTEXT}, up to {CALL} tokens a call; {result['device']}, {s['threads']} threads, ",
         end="",
     )
     print(f"prompt {s['prompt_tokens']}, {s['new_tokens']} new tokens\n")

@@ -10,8 +10,9 @@ from conftest import MODEL, trained_like
 
 from llamaq.errors import UserError
 from llamaq.evaluate.harness import EagerReader, PteReader, check_tasks, harness_model, perplexity, run_tasks
+from llamaq.export.exporter import PteOptions, export_pte
 from llamaq.export.meta import save_quantized
-from llamaq.export.pte import Pte, PteOptions, export_pte
+from llamaq.export.pte import Pte
 from llamaq.quant.scheme import Scheme
 from llamaq.train.corpus import tiny_chat
 from llamaq.train.data import build_tokenizer

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torchtune.models.convert_weights import hf_to_tune
 
 from llamaq.errors import UserError
+from llamaq.export.exporter import check_keys, executorch_arguments, load_eager
 from llamaq.export.meta import ffn_params, hf_rows, load_quantized, model_params, save_float, save_peft, save_quantized
-from llamaq.export.pte import check_keys, executorch_arguments, load_eager
 from llamaq.quant.prepare import quantized_linears
 from llamaq.quant.scheme import Scheme
 from llamaq.train.inputs import load_checkpoint

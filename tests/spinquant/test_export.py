@@ -8,7 +8,7 @@ from conftest import MODEL, random_weights
 
 from llamaq.errors import UserError
 from llamaq.evaluate.scores import agreement
-from llamaq.export import pte
+from llamaq.export import exporter
 from llamaq.export.meta import load_quantized, save_quantized
 from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
@@ -46,7 +46,7 @@ def test_llamaq_and_executorch_read_the_same_model(tmp_path, which, hidden):
     decoder = prepare(build_decoder(model, random_weights(model)), Scheme())
     back = CausalLM(load_quantized(tmp_path / "m", decoder)).eval()(TOKENS)[0]
     assert torch.equal(ours, back)
-    eager = pte.load_eager(tmp_path / "m", TOKENS.shape[1])(TOKENS)[0]
+    eager = exporter.load_eager(tmp_path / "m", TOKENS.shape[1])(TOKENS)[0]
     result = agreement(ours, eager)
     assert result["relative_error"] < 1e-6 and result["top1"] == 1.0
     params = json.loads((tmp_path / "m" / "params.json").read_text())
@@ -56,13 +56,13 @@ def test_llamaq_and_executorch_read_the_same_model(tmp_path, which, hidden):
 @torch.no_grad()
 def test_leaving_the_online_transform_out_is_noticed(tmp_path, monkeypatch):
     ours = saved(tmp_path / "m", {"r1", "r2", "r4"})(TOKENS)[0]
-    arguments = pte.executorch_arguments
+    arguments = exporter.executorch_arguments
 
     def without(*a, **k):
         return [x for x in arguments(*a, **k) if x not in ("--use_spin_quant", "native")] + ["-qat"]
 
     monkeypatch.setattr(pte, "executorch_arguments", without)
-    wrong = pte.load_eager(tmp_path / "m", TOKENS.shape[1])(TOKENS)[0]
+    wrong = exporter.load_eager(tmp_path / "m", TOKENS.shape[1])(TOKENS)[0]
     assert agreement(ours, wrong)["relative_error"] > 0.05
 
 
@@ -81,4 +81,4 @@ def test_a_contradicted_contract_is_refused_everywhere(tmp_path, change, words):
     with pytest.raises(UserError, match=words):
         load_quantized(tmp_path / "m", decoder)
     with pytest.raises(UserError, match=words):
-        pte.load_eager(tmp_path / "m", 8)
+        exporter.load_eager(tmp_path / "m", 8)

@@ -106,7 +106,7 @@ def test_orders_without_a_construction_get_a_random_rotation():
 
 @pytest.mark.parametrize("n", [2, 64, 8192, 28, 56, 3584])
 def test_the_online_transform_is_executorchs_operator(n):
-    from llamaq.export.pte import hadamard_operator
+    from llamaq.export.exporter import hadamard_operator
 
     x = torch.randn(3, n)
     torch.testing.assert_close(online_transform(x, online_block(n)), hadamard_operator()(x), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,57 @@
+"""One optimizer step of a stage in a process of its own: prints what it held at its peak, beside the plan.
+
+python memory_probe.py qat|qat_lora|qat_dpo BATCH SEQ_LEN [key=value …]
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from llamaq.config import load
+from llamaq.quant.scheme import Scheme
+from llamaq.train.data import instantiate
+from llamaq.train.engine import make_engine
+from llamaq.train.loop import one_step
+from llamaq.train.memory import shape_of, stage_bytes
+from llamaq.train.model import build_model
+from llamaq.train.objectives import DPO, SFT
+
+
+def status(field: str) -> int:
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def main() -> None:
+    kind, batch, seq_len = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    c = load("tiny", ["output_dir=/tmp/none", "wandb.mode=disabled", f"{kind}.batch_size={batch}",
+                      f"{kind}.global_batch_size={batch}", *sys.argv[4:]])  # fmt: skip
+    training, device = getattr(c, kind), torch.device("cpu")
+    adapters = None if kind == "qat" else (c.adapters.rank, c.adapters.alpha)
+    # a first step of a tiny model: what libraries allocate once is not the model's
+    tokens = torch.randint(0, c.model["vocab_size"], (batch, seq_len))
+    small = build_model(c.model | {"embed_dim": 64, "num_layers": 1, "intermediate_dim": 64, "num_heads": 2,
+                                   "num_kv_heads": 1}, None, Scheme(), adapters, frozen=kind == "qat_lora")  # fmt: skip
+    small(tokens[:1, :8], tokens[:1, :8])[0].sum().backward()
+    del small
+    before = status("VmRSS")
+    model = build_model(c.model, None, Scheme(), adapters, frozen=kind == "qat_lora")
+    engine = make_engine(model, training, kind, 2, c, device)
+    if kind == "qat_dpo":
+        objective = DPO(0, instantiate(c.dpo.loss, setting="qat_dpo.loss"))
+        pairs = torch.cat([tokens, tokens.flip(0)])
+        batches = [{"tokens": pairs, "labels": pairs, "reference": torch.zeros(2 * batch)}]
+    else:
+        objective, batches = SFT(0), [{"tokens": tokens, "labels": tokens}]
+    for _ in range(2):
+        one_step(engine, objective, batches, 1, device, False)
+    plan = stage_bytes(shape_of(c.model), training, c, seq_len, kind)
+    print(json.dumps({"measured": status("VmHWM") - before, "planned": sum(plan.values()), "parts": plan}))
+
+
+if __name__ == "__main__":
+    main()

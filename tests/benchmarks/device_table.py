@@ -82,7 +82,7 @@ def write_checkpoint(folder: Path, shape: str, kind: str) -> None:
 
 
 def export(folder: Path, shape: str, kind: str) -> None:
-    """One .pte, in this process but for its checkpoint, whose memory is not the exporter's; or .gguf. Says what it took."""
+    """One .pte, whose checkpoint is written by another process, as its memory is not the exporter's; or one .gguf."""
     start = time.process_time()
     if kind == "q4_0":
         write_gguf(folder / f"{shape}_{kind}.gguf", shape)
@@ -174,11 +174,8 @@ def main() -> None:
             subprocess.run(command, check=True)
     result = benchmark(files, a.prompt_tokens, a.new_tokens, a.runs, a.rounds, a.threads)
     s = result["settings"]
-    print(
-        f"\nLlama 3.2 {a.shape}, random weights, context {CONTEXT}, up to {CALL} tokens a call; {result['device']}, {s['threads']} threads, ",
-        end="",
-    )
-    print(f"prompt {s['prompt_tokens']}, {s['new_tokens']} new tokens\n")
+    print(f"\nLlama 3.2 {a.shape}, random weights, context {CONTEXT}, up to {CALL} tokens a call; {result['device']}, "
+          f"{s['threads']} threads, prompt {s['prompt_tokens']}, {s['new_tokens']} new tokens\n")  # fmt: skip
     print(markdown(result))
     if a.json:
         a.json.write_text(json.dumps(result, indent=1))

@@ -61,7 +61,7 @@ def test_leaving_the_online_transform_out_is_noticed(tmp_path, monkeypatch):
     def without(*a, **k):
         return [x for x in arguments(*a, **k) if x not in ("--use_spin_quant", "native")] + ["-qat"]
 
-    monkeypatch.setattr(pte, "executorch_arguments", without)
+    monkeypatch.setattr(exporter, "executorch_arguments", without)
     wrong = exporter.load_eager(tmp_path / "m", TOKENS.shape[1])(TOKENS)[0]
     assert agreement(ours, wrong)["relative_error"] > 0.05
 

@@ -116,7 +116,6 @@ def chain_card(c: Config) -> dict[str, Any]:
     return {
         "base": Path(c.checkpoint_dir).name if c.base is None else "a model trained here",
         "license": "llama3.2" if c.base is None else "other",
-        "shipped": chain_names(c)[1],
         "checkpoint": Path(c.output_dir) / "convert" / "model",
         "rotation": None,
         "max_seq_length": c.export.max_seq_length,
@@ -149,6 +148,7 @@ def gather(run: Run, trained: list[str], measured: list[str]) -> dict[str, Any]:
         **run.metrics("evaluate"),
         **measured_facts(run, measured),
         "rank": c.adapters.rank,
+        "shipped": chain_names(c)[1],
         "hand_overs": {**run.metrics("convert"), **run.metrics("export")["hand_overs"]},
         "dpo": run.metrics("qat_dpo") if "qat_dpo" in trained else None,
         "training": [

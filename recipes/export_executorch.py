@@ -101,7 +101,7 @@ def export(
     def build(folder: Path) -> dict[str, Any]:
         e, tokenizer, pte_file = c.export, tokenizer_of(c), folder / "model.pte"
         methods = {n: with_adapters(converted / "model", a, folder / "methods" / n) for n, a in adapters.items()}
-        result = export_checked(run, converted / "model", pte_file, model(run), context, methods)
+        result = export_checked(run, converted / "model", pte_file, lambda: model(run), context, methods)
         for name, checkpoint in methods.items():
             result["hand_overs"][f"pte/{name}"] = check_method(run, checkpoint, pte_file, name, context)
             shutil.rmtree(checkpoint)  # all of it is in the .pte

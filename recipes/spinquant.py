@@ -427,7 +427,6 @@ def card_of(run: Run) -> dict[str, Any]:
     return {
         "base": Path(c.checkpoint_dir).name if c.base is None else "a model trained here",
         "license": "llama3.2" if c.base is None else "other",
-        "shipped": SHIPPED,
         "checkpoint": run.path(SHIPPED) / "model",
         "rotation": run.metrics(SHIPPED)["chosen"],
         "max_seq_length": c.export.max_seq_length,
@@ -462,6 +461,7 @@ def gather(run: Run, names: list[str], measured: list[str]) -> dict[str, Any]:
     return {
         **run.metrics("evaluate"),
         **measured_facts(run, measured),
+        "shipped": SHIPPED,
         "chosen": chosen["chosen"],
         "forced": chosen["forced"],
         "candidates": {n: run.metrics(f"candidate_{n}") for n in names},

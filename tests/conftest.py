@@ -10,8 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from llamaq import torchao_compat  # noqa: F401
 from llamaq.config import Config, load
+from llamaq.export.meta import save_quantized
+from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
-from llamaq.train.model import CausalLM, build_decoder, build_model
+from llamaq.spinquant.rotations import Rotations, Shape, attach_online, rotate
+from llamaq.train.model import CausalLM, build_decoder, build_model, meta_decoder
 
 MODEL = {
     "_component_": "torchtune.models.llama3_2.llama3_2", "vocab_size": 768, "num_layers": 2, "num_heads": 4,
@@ -67,3 +70,30 @@ def trained_like(scheme: Scheme | None = None, frozen: bool = False, weights: di
             if key.endswith("adapter.b"):
                 weights[key] = torch.randn_like(weights[key]) * 0.02
     return build_model(MODEL, weights, scheme, ADAPTERS, frozen=frozen).eval()
+
+
+def saved_rotated(folder: Path, which: set[str], hidden: int = 256) -> CausalLM:
+    """A random model rotated at random, as a checkpoint in `folder`; returns what llamaq computes of it."""
+    model = MODEL | {"intermediate_dim": hidden}
+    weights, shape = random_weights(model), Shape.of(meta_decoder(model))
+    r = Rotations.random(shape, which, 0)
+    decoder = prepare(build_decoder(model, rotate(weights, shape, r)), Scheme()).eval()
+    attach_online(decoder, r.r4)
+    freeze(decoder)
+    for linear in (layer.mlp.w2 for layer in decoder.layers):  # pyright: ignore[reportGeneralTypeIssues]
+        assert bool(linear._forward_pre_hooks) == bool(r.r4)
+    quantized: CausalLM = CausalLM(decoder).eval()  # pyright: ignore[reportArgumentType]
+    save_quantized(folder, quantized.decoder, Scheme(), r.contract() if which else None, quantized.head)
+    return quantized
+
+
+def saved_variant(folder: Path, kind: str) -> CausalLM:
+    """A random model of a kind that ships (qat, qat_lora or spinquant), likewise."""
+    if kind == "spinquant":
+        return saved_rotated(folder, {"r1", "r2", "r4"})
+    model = trained_like(Scheme(), frozen=True)
+    if kind == "qat":
+        model = build_model(MODEL, random_weights(), Scheme())
+        freeze(model.decoder)
+    save_quantized(folder, model.decoder, Scheme())
+    return model.eval()

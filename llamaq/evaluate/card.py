@@ -1,5 +1,6 @@
 """The model card: README.md of a run's folder, in the form model hubs read (YAML front matter, then markdown)."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ def render(facts: dict[str, Any]) -> str:
     """The card of a run.
 
     Args:
-        facts: what the report states, and `base`, `license`, `shipped`, `checkpoint` (folder of the codes), `data`
+        facts: what the report states, and `base`, `license`, `checkpoint` (folder of the codes), `data`
             (name → description), `hyperparameters` (stage → text), `rotation`.
     """
     scheme = (
@@ -25,11 +26,15 @@ def render(facts: dict[str, Any]) -> str:
     elif facts["shipped"] != "qat":
         scheme += f"; LoRA adapters of rank {facts['rank']} on all seven linears, kept beside the codes and not merged"
     arguments = executorch_arguments(
-        facts["checkpoint"], facts["max_seq_length"], facts["max_context_length"], Path("export/model.pte"), {}
+        facts["checkpoint"],
+        facts["max_seq_length"],
+        facts["max_context_length"],
+        Path("export/model.pte"),
+        facts["pte_metadata"],
     )
     folder = str(facts["checkpoint"])
     relative = Path(folder).relative_to(facts["folder"]).as_posix()
-    command = " ".join(a.replace(folder, relative) for a in arguments[: -0 or None])
+    command = shlex.join(a.replace(folder, relative) for a in arguments)
     kept = {k: v for k, v in facts["measured"].items() if k in ("files", "speed") or k.startswith("tasks_")}
     measured = measured_parts(kept)
     parts = [
@@ -43,8 +48,8 @@ def render(facts: dict[str, Any]) -> str:
         "## Scheme",
         scheme[0].upper() + scheme[1:] + ". Every code and scale of the checkpoint lies in the .pte bit for bit.",
         "## Data and training",
-        table(["data", "what"], [[k, v] for k, v in facts["data"].items()]),
-        table(["stage", "settings"], [[k, v] for k, v in facts["hyperparameters"].items()]),
+        table(["data", "what"], [[k, v] for k, v in facts["data"].items()], numbers=False),
+        table(["stage", "settings"], [[k, v] for k, v in facts["hyperparameters"].items()], numbers=False),
         "## Quality",
         f"{facts['samples']:,} held-out samples, {facts['tokens']:,} tokens scored.",
         quality_table(facts["scores"]),

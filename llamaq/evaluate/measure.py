@@ -139,7 +139,7 @@ def file_of(run: Run, models: Models, name: str) -> Path:
     if name == models.shipped:
         return run.need("export")
     known = models.known[name]
-    return export_model(run, name, lambda: known.make().eval(), known.inputs, models.context)
+    return export_model(run, name, known.make, known.inputs, models.context)
 
 
 def measure(run: Run, models: Models) -> list[str]:

@@ -5,14 +5,14 @@ from pathlib import Path
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 
 
-def _axes(width: float, height: float, columns: int = 1):
+def _axes(width: float, height: float, columns: int = 1, rows: int = 1):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 150})
-    return plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
 
 
 def _save(figure, path: Path) -> None:
@@ -128,27 +128,32 @@ def blocks(path: Path, errors: dict[str, list[float]]) -> None:
             ax.plot(range(len(values)), values, color=color, marker="o", markersize=4, label=label)
         else:
             ax.plot([], [], color=color, label=f"{label}: 0 in every block")
-    ax.set(xlabel="block", ylabel="‖difference‖ / ‖residual stream‖", ylim=(0, None))
+    ax.margins(y=0.1)
+    ax.set_ylim(bottom=0)
+    ax.set(xlabel="block", ylabel="‖difference‖ / ‖residual stream‖")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False)
     _save(figure, path)
 
 
 def speed(path: Path, panels: dict[str, dict[str, tuple[float, float, float]]]) -> None:
-    """Title with unit → model → median and quartiles, a panel each; bars start at 0."""
-    models = list(next(iter(panels.values())))
-    figure, axes = _axes(3.2 * len(panels), 0.45 * len(models) + 1.2, len(panels))
-    for ax, (title, values) in zip(axes[0], panels.items(), strict=True):
+    """Title with unit → model → median and quartiles, a panel each, three in a row; bars start at 0."""
+    models, rows = list(next(iter(panels.values()))), -(-len(panels) // 3)
+    figure, axes = _axes(10, rows * (0.4 * len(models) + 1.1), 3, rows)
+    for i, (title, values) in enumerate(panels.items()):
+        ax = axes[i // 3][i % 3]
         middle = [values[m][0] for m in models]
         spread = [[values[m][0] - values[m][1] for m in models], [values[m][2] - values[m][0] for m in models]]
         ax.barh(models, middle, xerr=spread, color=BLUE, error_kw={"linewidth": 1})
-        for i, (value, above) in enumerate(zip(middle, spread[1], strict=True)):
-            ax.text(value + above, i, f" {value:,.3g}" if value < 100 else f" {value:,.0f}", va="center", fontsize=8)
+        for at, (value, above) in enumerate(zip(middle, spread[1], strict=True)):
+            text = f" {value:,.3g}" if value < 1000 else f" {value:,.0f}"
+            ax.text(value + above, at, text, va="center", fontsize=8)
         ax.invert_yaxis()
         ax.margins(x=0.3)
         ax.set_title(title, fontsize=10)
         ax.tick_params(axis="x", labelsize=8)
-        if ax is not axes[0][0]:
+        ax.locator_params(axis="x", nbins=4)
+        if i % 3:
             ax.set_yticklabels([])
     _save(figure, path)
 

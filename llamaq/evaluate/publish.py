@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from llamaq.evaluate.sensitivity import LINEARS
 from llamaq.export.benchmark import MEASURES, summary
 from llamaq.pipeline import Run, from_rank_zero, on_rank_zero, package_versions
 from llamaq.tracking import Tracker
-from llamaq.train.memory import shape_of
+from llamaq.train.memory import memory_plan, plan_length, shape_of
 
 
 def report_stage(
@@ -129,7 +130,9 @@ def measured_facts(run: Run, measured: list[str]) -> dict[str, Any]:
         "max_kl": c.export.max_kl,
         "pte_bytes": exported["bytes"],
         "pte_sha256": exported["sha256"],
+        "pte_metadata": exported["metadata"],
         "prompt": exported["prompt"],
         "answer": exported["answer"] or "(nothing)",
         "measured": {"export": exported} | {s: run.metrics(s) for s in measured},
+        "plan": [asdict(need) | {"bytes": need.bytes} for need in memory_plan(c, plan_length(c))],
     }

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from llamaq.evaluate.sensitivity import first_divergence
 from llamaq.export.benchmark import markdown as benchmark_table
+
+SAME_STREAM = 1e-5  # relative error of a residual stream that float32 sums in another order explain
 
 # model key in the evaluation → how the report calls it, in the order of the chain
 MODELS = {
@@ -22,12 +25,14 @@ HAND_OVERS = {
     "pte": "fake-quantized → .pte, short contexts",
     "pte_long": "fake-quantized → .pte, one context",
     "kv_cache": "fake-quantized → .pte with int8 KV cache",
+    "float32": "every embedding off by one float32 rounding",
+    "bf16": "bf16 autocast, as in training",
 }
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A markdown table; all columns but the first are right-aligned."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
+def table(header: list[str], rows: list[list[str]], numbers: bool = True) -> str:
+    """A markdown table; of numbers, all columns but the first are right-aligned."""
+    rule = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
@@ -104,6 +109,14 @@ def pairs_table(pairs: dict[str, dict[str, dict[str, float]]]) -> str:
     return table(["from \\ to", *names], rows)
 
 
+def first_block(errors: list[float]) -> str:
+    """Where two models part, from the relative error of the residual stream after each block."""
+    at = first_divergence(errors, SAME_STREAM)
+    if at is None:
+        return f"no block is off by more than {SAME_STREAM:.0e} (largest: {max(errors):.1e})"
+    return f"off from block {at} on ({errors[at]:.1e} there, {errors[-1]:.1e} after the last)"
+
+
 def parts_table(parts: dict[str, int]) -> str:
     total = sum(parts.values())
     rows = [[k, f"{v / 2**20:,.2f}", f"{100 * v / total:.1f} %"] for k, v in parts.items()]
@@ -142,7 +155,11 @@ def measured_parts(measured: dict[str, Any]) -> list[str]:
             "What ships in each form it takes, on the gates' tokens: KL(row ‖ column) in nats a token, top-1, top-5, "
             "SQNR.",
             pairs_table(files["pairs"]),
+            "The fake-quantized model against itself where only the arithmetic differs: what float32 itself leaves "
+            "open, which is as close as a .pte can be, and what bf16 adds in training.",
+            hand_over_table(files["numerics"]),
             "![by block](blocks.png)",
+            "\n".join(f"- {hand_over}: {first_block(errors)}" for hand_over, errors in files["blocks"].items()),
         ]
     if speed := measured.get("speed"):
         settings = speed["settings"]
@@ -175,13 +192,24 @@ def measured_parts(measured: dict[str, Any]) -> list[str]:
             tasks_table(tasks),
             "![tasks](tasks.png)",
         ]
-    if plan := measured.get("plan"):
-        rows = [
-            [r["what"], f"{r['bytes'] / 2**30:.3f}", ", ".join(f"{k} {v / 2**30:.3f}" for k, v in r["parts"].items())]
-            for r in plan
-        ]
-        parts += ["## Memory, as planned before the run", table(["where", "GiB", "of which (GiB)"], rows)]
     return parts
+
+
+def plan_parts(facts: dict[str, Any]) -> list[str]:
+    """Memory as it was planned before the run, and what the file that ships took where its speed was measured."""
+    rows = [
+        [f"{n['what']}, on {n['where']}", f"{n['bytes'] / 2**30:.3f}",
+         ", ".join(f"{k} {v / 2**30:.3f}" for k, v in n["parts"].items() if v)]
+        for n in facts["plan"]
+    ]  # fmt: skip
+    measured = facts["measured"].get("speed", {}).get("models", {}).get(facts["shipped"], {}).get("memory_bytes")
+    seen = f" `model.pte` took {max(measured) / 2**30:.3f} GiB here." if measured else ""
+    return [
+        "## Memory",
+        "As planned before the run, from shapes alone (llamaq's tests hold such plans against real processes: within "
+        f"15 %).{seen}",
+        table(["what", "GiB", "of which (GiB)"], rows, numbers=False),
+    ]
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -215,6 +243,7 @@ def render(facts: dict[str, Any]) -> str:
         f"The exported file has {facts['pte_bytes'] / 2**20:,.1f} MiB. Asked on it: *{facts['prompt']}*",
         f"> {facts['answer']}",
         *measured_parts(facts["measured"]),
+        *plan_parts(facts),
         "## Training",
         "![losses](losses.png)",
         table(["stage", "steps", "first loss", "last loss"], [
@@ -222,7 +251,7 @@ def render(facts: dict[str, Any]) -> str:
         ]),
         *dpo_parts(dpo),
         "## Where things are",
-        table(["what", "where"], [[what, f"`{where}`"] for what, where in facts["files"].items()]),
+        table(["what", "where"], [[what, f"`{where}`"] for what, where in facts["files"].items()], numbers=False),
         "Versions: " + ", ".join(f"{k} {v}" for k, v in facts["packages"].items()) + ".",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
@@ -273,8 +302,9 @@ def render_spinquant(facts: dict[str, Any]) -> str:
         f"The exported file has {facts['pte_bytes'] / 2**20:,.1f} MiB. Asked on it: *{facts['prompt']}*",
         f"> {facts['answer']}",
         *measured_parts(facts["measured"]),
+        *plan_parts(facts),
         "## Where things are",
-        table(["what", "where"], [[what, f"`{where}`"] for what, where in facts["files"].items()]),
+        table(["what", "where"], [[what, f"`{where}`"] for what, where in facts["files"].items()], numbers=False),
         "Versions: " + ", ".join(f"{k} {v}" for k, v in facts["packages"].items()) + ".",
     ]
     return "\n\n".join(parts) + "\n"

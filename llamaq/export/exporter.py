@@ -137,20 +137,24 @@ def load_eager(checkpoint: Path, max_length: int) -> nn.Module:
 
 
 @torch.no_grad()
-def eager_cached_logits(checkpoint: Path, tokens: list[int], options: PteOptions) -> Tensor:
-    """What ExecuTorch's own eager model computes with the KV cache of `options`, token by token: [len(tokens), vocab].
+def eager_cached_logits(checkpoint: Path, contexts: list[list[int]], options: PteOptions) -> list[Tensor]:
+    """What ExecuTorch's own eager model computes with the KV cache of `options`, token by token: [tokens, vocab] each.
 
     A quantized cache changes the numbers; this is what a .pte that has one is held against.
     """
-    length = len(tokens) + 1
+    length = max(map(len, contexts)) + 1
     arguments = executorch_arguments(checkpoint, length, length, checkpoint / "eager", {}, options)
     hadamard_operator()  # registers the cache's operators
     with quiet(), online_blocks(checkpoint):
         from executorch.examples.models.llama.export_llama_lib import get_llama_model
 
         model, _, _ = get_llama_model(_config(arguments))
+
+    def logits(tokens: list[int]) -> Tensor:  # what the cache holds beyond a position is not looked at
         rows = [model(torch.tensor([[t]]), {"input_pos": torch.tensor([i])}) for i, t in enumerate(tokens)]
-    return torch.cat([r.reshape(1, -1) for r in rows])
+        return torch.cat([r.reshape(1, -1) for r in rows])
+
+    return [logits(tokens) for tokens in contexts]
 
 
 def check_keys(checkpoint: Path, model: nn.Module) -> None:
@@ -167,7 +171,7 @@ def check_keys(checkpoint: Path, model: nn.Module) -> None:
 
 
 def export_pte(
-    checkpoint: Path, output: Path, max_seq_length: int, max_context_length: int, eos_ids: list[int], bos_id: int,
+    checkpoint: Path, output: Path, max_seq_length: int, max_context_length: int, metadata: dict[str, Any],
     options: PteOptions = PteOptions(),
     adapters: dict[str, Path] | None = None,
 ) -> None:  # fmt: skip
@@ -179,8 +183,8 @@ def export_pte(
         max_seq_length: most tokens in one call, one less than max_context_length at the most; longer prompts take
             several calls, which ExecuTorch's runner makes by itself.
         max_context_length: of the KV cache.
-        eos_ids: tokens that end an answer, for the runner.
-        bos_id: the token a prompt begins with.
+        metadata: constants for the runner: get_bos_id, the token a prompt begins with; get_eos_ids, those that end an
+            answer.
         options: of the export.
         adapters: further methods by name, each a checkpoint with the same codes and adapters of its own. What they
             have in common is stored once, and they share the KV cache's memory.
@@ -188,7 +192,6 @@ def export_pte(
     Raises:
         UserError: the exporter refused the checkpoint.
     """
-    metadata = {"get_bos_id": bos_id, "get_eos_ids": eos_ids}
     arguments = executorch_arguments(checkpoint, max_seq_length, max_context_length, output, metadata, options)
     with quiet() as printed, online_blocks(checkpoint), light_tracing(), true_lengths(), adapters_as_methods():
         from executorch.examples.models.llama.export_llama_lib import export_llama

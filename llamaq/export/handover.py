@@ -8,6 +8,8 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,32 @@ def check_gate(run: Run, what: str, result: dict[str, float], *names: str) -> di
     return result
 
 
+@dataclass
+class Expected:
+    """Logits a .pte is held against, [tokens, vocab] each: of contexts of a few tokens, and of one long context."""
+
+    short: Tensor
+    long: Tensor
+
+    @classmethod
+    def of(cls, logits_of: Callable[[list[list[int]]], list[Tensor]], tokens: list[int], context: int) -> "Expected":
+        """What `logits_of` (contexts → logits of each) gives for short contexts and for all tokens as one."""
+        *short, long = logits_of([*windows_of(tokens, context), tokens])
+        return cls(torch.cat(short), long)
+
+
+def eager_logits(model: CausalLM, contexts: list[list[int]]) -> list[Tensor]:
+    """Logits [tokens, vocab] of each context, as llamaq computes them."""
+    return [model(torch.tensor([tokens]))[0] for tokens in contexts]
+
+
+def windows_of(tokens: list[int], context: int) -> list[list[int]]:
+    """Cut into contexts of so many tokens; the last may be shorter."""
+    return [tokens[i : i + context] for i in range(0, len(tokens), context)]
+
+
 def pte_gates(
-    run: Run, pte: Pte, tokens: list[int], logits_of: Callable[[list[int]], Tensor], context: int = GATE_CONTEXT
+    run: Run, pte: Pte, tokens: list[int], expected: Expected, context: int = GATE_CONTEXT
 ) -> dict[str, dict[str, float]]:
     """The .pte against the fake-quantized model: on contexts of a few tokens, and on one long context.
 
@@ -78,13 +104,13 @@ def pte_gates(
     context, which shows that the cache and its positions are right, by its KL. A rotated model's activations are spread
     evenly over the levels, so more of them lie near a border (4 layers: one token in four): its contexts are one token.
     """
-    windows = [tokens[i : i + context] for i in range(0, len(tokens), context)]
-    short = [(logits_of(w), pte.logits(w)) for w in windows]
-    expected, logits = (torch.cat(side) for side in zip(*short, strict=True))
-    long = agreement(logits_of(tokens), pte.logits(tokens))
+    logits = torch.cat([pte.logits(w) for w in windows_of(tokens, context)])
+    long = agreement(expected.long, pte.logits(tokens))
     what = f"what was trained → {pte.path.name}"
     return {
-        "pte": check_gate(run, f"{what}, contexts of {context}", agreement(expected, logits), "token_error", "top1"),
+        "pte": check_gate(
+            run, f"{what}, contexts of {context}", agreement(expected.short, logits), "token_error", "top1"
+        ),
         "pte_long": check_gate(run, f"{what}, one context of {len(tokens)}", long, "kl"),
     }
 
@@ -103,49 +129,63 @@ def export_model(run: Run, name: str, make: Callable[[], CausalLM], inputs: list
         if next(iter(quantized_linears(model.decoder).values())).fmt is None:
             save_float(checkpoint, model.decoder.state_dict(), model_params(model.decoder))
         else:
-            frozen = freeze(copy.deepcopy(model.decoder))
-            save_quantized(checkpoint, frozen, run.scheme)
-        return export_checked(run, checkpoint, folder / "model.pte", model, context)
+            save_quantized(checkpoint, freeze(copy.deepcopy(model.decoder)), run.scheme)
+        del model
+        result = export_checked(run, checkpoint, folder / "model.pte", make, context)
+        shutil.rmtree(checkpoint)  # all of it is in the .pte
+        return result
 
     settings = {"export": c.export, "tokenizer": c.tokenizer, "model": c.model} | gate_settings(run)
     return run.stage(f"export_{name}", on_rank_zero(build), settings, inputs)
 
 
 def export_checked(
-    run: Run, checkpoint: Path, pte_file: Path, model: CausalLM, context: int, methods: dict[str, Path] | None = None
-) -> dict[str, Any]:
+    run: Run, checkpoint: Path, pte_file: Path, make: Callable[[], CausalLM], context: int,
+    methods: dict[str, Path] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Export a checkpoint; hold its constants and its logits against what they should be.
 
+    Args:
+        run: the run.
+        checkpoint: in Meta's layout.
+        pte_file: to write.
+        make: builds the same model as llamaq computes it; it is gone from memory when the export begins.
+        context: tokens in a short context of the gates.
+        methods: checkpoints of further methods.
+
     Returns:
-        hand_overs, constants (how many tensors were found in the file bit for bit), bytes, parts, sha256.
+        hand_overs, constants (how many tensors were found in the file bit for bit), bytes, parts, sha256, metadata.
     """
-    e, tokenizer = run.config.export, tokenizer_of(run.config)
+    e, tokenizer, tokens = run.config.export, tokenizer_of(run.config), gate_tokens(run)
     quantized = "quantization_args" in json.loads((checkpoint / "params.json").read_text())
-    options = PteOptions(
-        quantize_kv_cache=e.quantize_kv_cache,
-        dynamic_shape=e.dynamic_shape,
-        full_logits=e.full_logits,
-        dtype="fp32" if quantized else e.baseline_dtype,
-    )
+    options = options_of(run.config) if quantized else replace(options_of(run.config), dtype=e.baseline_dtype)
+    trained = Expected.of(partial(eager_logits, make().eval()), tokens, context)
     say(f"exporting {pte_file} with ExecuTorch (up to a minute for a tiny model, 10 for 1B) …")
-    export_pte(
-        checkpoint, pte_file, e.max_seq_length, e.max_context_length,
-        list(tokenizer.stop_tokens), tokenizer.bos_id, options, methods,
-    )  # fmt: skip
-    pte, tokens = Pte(pte_file), gate_tokens(run)
-    result: dict[str, Any] = {"bytes": pte_file.stat().st_size, "sha256": sha256_file(pte_file)}
+    metadata = {"get_bos_id": tokenizer.bos_id, "get_eos_ids": list(tokenizer.stop_tokens)}
+    export_pte(checkpoint, pte_file, e.max_seq_length, e.max_context_length, metadata, options, methods)
+    pte = Pte(pte_file)
+    result: dict[str, Any] = {
+        "bytes": pte_file.stat().st_size, "sha256": sha256_file(pte_file), "metadata": metadata,
+    }  # fmt: skip
     if not quantized:
-        floats = agreement(model(torch.tensor([tokens]))[0], pte.logits(tokens))
+        floats = agreement(trained.long, pte.logits(tokens))
         say(f"float32 → {pte_file.parent.name} in {e.baseline_dtype}: KL {floats['kl']:.3g}, top1 {floats['top1']:.3g}")
         return result | {"hand_overs": {"pte_float": floats}}
     result["constants"] = check_constants(checkpoint, pte_file)
     say(f"{pte_file.name} holds all {result['constants']} tensors of the checkpoint bit for bit")
+    gated = trained
     if e.quantize_kv_cache:  # the file is held against the same cache; what the cache itself costs is said, not gated
-        gates = pte_gates(run, pte, tokens, lambda t: eager_cached_logits(checkpoint, t, options), context)
-        gates["kv_cache"] = agreement(model(torch.tensor([tokens]))[0], pte.logits(tokens))
-    else:
-        gates = pte_gates(run, pte, tokens, lambda t: model(torch.tensor([t]))[0], context)
-    return result | {"hand_overs": gates, "parts": size_parts(checkpoint, pte_file)}
+        gated = Expected.of(lambda contexts: eager_cached_logits(checkpoint, contexts, options), tokens, context)
+    hand_overs = pte_gates(run, pte, tokens, gated, context)
+    if e.quantize_kv_cache:
+        hand_overs["kv_cache"] = agreement(trained.long, pte.logits(tokens))
+    return result | {"hand_overs": hand_overs, "parts": size_parts(checkpoint, pte_file)}
+
+
+def options_of(c: Config) -> PteOptions:
+    """The run's choices for a quantized .pte."""
+    e = c.export
+    return PteOptions(e.quantize_kv_cache, e.dynamic_shape, e.full_logits)
 
 
 def with_adapters(checkpoint: Path, adapter: Path, folder: Path) -> Path:
@@ -168,10 +208,9 @@ def with_adapters(checkpoint: Path, adapter: Path, folder: Path) -> Path:
 
 def check_method(run: Run, checkpoint: Path, pte_file: Path, name: str, context: int) -> dict[str, float]:
     """A further method of a .pte against ExecuTorch's eager model of its checkpoint."""
-    tokens, options = gate_tokens(run), PteOptions(quantize_kv_cache=run.config.export.quantize_kv_cache)
-    windows = [tokens[i : i + context] for i in range(0, len(tokens), context)]
+    windows = windows_of(gate_tokens(run), context)
     pte = Pte(pte_file, name)
-    expected = torch.cat([eager_cached_logits(checkpoint, w, options) for w in windows])
+    expected = torch.cat(eager_cached_logits(checkpoint, windows, options_of(run.config)))
     result = agreement(expected, torch.cat([pte.logits(w) for w in windows]))
     return check_gate(run, f"adapters {name} → method {name}", result, "token_error", "top1")
 

@@ -10,7 +10,7 @@ from llamaq.quant.prepare import prepare
 from llamaq.quant.scheme import Scheme
 from llamaq.train.data import build_tokenizer, check_files, check_ranks
 from llamaq.train.engine import check_deepspeed, check_optimizer, uses_deepspeed
-from llamaq.train.memory import shape_of, state_plan
+from llamaq.train.memory import plan_length, shape_of, state_plan
 from llamaq.train.model import instantiate, meta_decoder, pick_device
 
 
@@ -26,7 +26,7 @@ def preflight(c: Config) -> str:
     decoder = meta_decoder(c.model)
     prepare(decoder, Scheme(group_size=c.scheme.group_size))
     model_params(decoder)
-    tokenizer = build_tokenizer(c.tokenizer, shape_of(c.model).vocab)
+    build_tokenizer(c.tokenizer, shape_of(c.model).vocab)
     for name in ("qat", "qat_lora", "qat_dpo", "base"):
         training: TrainingConfig | None = getattr(c, name)
         if training is None:
@@ -43,4 +43,4 @@ def preflight(c: Config) -> str:
     for i, part in enumerate(c.spinquant.calibration if c.spinquant else []):
         check_files(part.dataset, f"spinquant.calibration[{i}].dataset")
     check_files(c.evaluate.dataset, "evaluate.dataset")
-    return state_plan(c, tokenizer.max_seq_len or c.export.max_context_length)
+    return state_plan(c, plan_length(c))

@@ -11,16 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, random_weights, trained_like
+from conftest import MODEL, saved_variant
 
 from llamaq.evaluate.scores import agreement
 from llamaq.export.exporter import export_pte
-from llamaq.export.meta import save_quantized
 from llamaq.export.pte import Pte
-from llamaq.quant.prepare import freeze, prepare
-from llamaq.quant.scheme import Scheme
-from llamaq.spinquant.rotations import Rotations, Shape, rotate
-from llamaq.train.model import build_decoder, meta_decoder
 
 pytestmark = pytest.mark.arm
 TOKENS = torch.randint(0, MODEL["vocab_size"], (12,), generator=torch.Generator().manual_seed(3))
@@ -35,21 +30,11 @@ def arm() -> Path:
     return folder / "python"
 
 
-def checkpoint(folder: Path, kind: str) -> Path:
-    if kind == "qat_lora":
-        save_quantized(folder, trained_like(Scheme(), frozen=True).decoder, Scheme())
-        return folder
-    weights, shape = random_weights(), Shape.of(meta_decoder(MODEL))
-    rotations = Rotations.random(shape, {"r1", "r2", "r4"}, 0)
-    decoder = freeze(prepare(build_decoder(MODEL, rotate(weights, shape, rotations)), Scheme()))
-    save_quantized(folder, decoder, Scheme(), rotations.contract(), decoder.get_submodule("output"))
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["qat_lora", "spinquant"])
 def test_arm_computes_what_x86_does(arm, tmp_path, kind):
     pte = tmp_path / "model.pte"
-    export_pte(checkpoint(tmp_path / "model", kind), pte, 32, 32, [2], 1)
+    saved_variant(tmp_path / "model", kind)
+    export_pte(tmp_path / "model", pte, 32, 64, {"get_bos_id": 1, "get_eos_ids": [2]})
     np.save(tmp_path / "tokens.npy", TOKENS.numpy())
     script = Path(__file__).with_name("run_logits.py")
     command = [arm, script, pte, tmp_path / "tokens.npy", tmp_path / "logits.npz"]

@@ -94,7 +94,7 @@ def export(folder: Path, shape: str, kind: str) -> None:
     if writer.exitcode:
         sys.exit(f"{checkpoint} could not be written")
     options = PteOptions(dtype=kind if kind in ("bf16", "fp32") else "fp32")
-    export_pte(checkpoint, partial, CALL, CONTEXT, [128001], 128000, options)
+    export_pte(checkpoint, partial, CALL, CONTEXT, {"get_bos_id": 128000, "get_eos_ids": [128001]}, options)
     partial.rename(folder / f"{shape}_{kind}.pte")
     (checkpoint / "consolidated.00.pth").unlink()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -184,7 +184,7 @@ def files(tmp_path_factory, model):
     save_quantized(folder / "model", frozen.decoder, Scheme())
     for name, full in (("last", False), ("full", True)):
         options = PteOptions(full_logits=full)
-        export_pte(folder / "model", folder / f"{name}.pte", 16, 128, [2], 1, options)
+        export_pte(folder / "model", folder / f"{name}.pte", 16, 128, {"get_bos_id": 1, "get_eos_ids": [2]}, options)
     return {name: Pte(folder / f"{name}.pte") for name in ("last", "full")}
 
 

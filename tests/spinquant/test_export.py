@@ -4,33 +4,17 @@ import json
 
 import pytest
 import torch
-from conftest import MODEL, random_weights
+from conftest import MODEL, random_weights, saved_rotated
 
 from llamaq.errors import UserError
 from llamaq.evaluate.scores import agreement
 from llamaq.export import exporter
-from llamaq.export.meta import load_quantized, save_quantized
-from llamaq.quant.prepare import freeze, prepare
+from llamaq.export.meta import load_quantized
+from llamaq.quant.prepare import prepare
 from llamaq.quant.scheme import Scheme
-from llamaq.spinquant.rotations import Rotations, Shape, attach_online, rotate
-from llamaq.train.model import CausalLM, build_decoder, meta_decoder
+from llamaq.train.model import CausalLM, build_decoder
 
 TOKENS = torch.arange(3, 40)[None]
-
-
-def saved(folder, which: set[str], hidden: int = 256) -> CausalLM:
-    model = MODEL | {"intermediate_dim": hidden}
-    weights, shape = random_weights(model), Shape.of(meta_decoder(model))
-    r = Rotations.random(shape, which, 0)
-    decoder = prepare(build_decoder(model, rotate(weights, shape, r)), Scheme()).eval()
-    attach_online(decoder, r.r4)
-    freeze(decoder)
-    for linear in (layer.mlp.w2 for layer in decoder.layers):  # pyright: ignore[reportGeneralTypeIssues]
-        assert bool(linear._forward_pre_hooks) == bool(r.r4)
-    quantized: CausalLM = CausalLM(decoder).eval()  # pyright: ignore[reportArgumentType]
-    contract = r.contract() if which else None
-    save_quantized(folder, quantized.decoder, Scheme(), contract, quantized.head)
-    return quantized
 
 
 @pytest.mark.parametrize(
@@ -41,7 +25,7 @@ def saved(folder, which: set[str], hidden: int = 256) -> CausalLM:
 )  # fmt: skip
 @torch.no_grad()
 def test_llamaq_and_executorch_read_the_same_model(tmp_path, which, hidden):
-    ours = saved(tmp_path / "m", which, hidden)(TOKENS)[0]
+    ours = saved_rotated(tmp_path / "m", which, hidden)(TOKENS)[0]
     model = MODEL | {"intermediate_dim": hidden}
     decoder = prepare(build_decoder(model, random_weights(model)), Scheme())
     back = CausalLM(load_quantized(tmp_path / "m", decoder)).eval()(TOKENS)[0]
@@ -55,7 +39,7 @@ def test_llamaq_and_executorch_read_the_same_model(tmp_path, which, hidden):
 
 @torch.no_grad()
 def test_leaving_the_online_transform_out_is_noticed(tmp_path, monkeypatch):
-    ours = saved(tmp_path / "m", {"r1", "r2", "r4"})(TOKENS)[0]
+    ours = saved_rotated(tmp_path / "m", {"r1", "r2", "r4"})(TOKENS)[0]
     arguments = exporter.executorch_arguments
 
     def without(*a, **k):
@@ -72,7 +56,7 @@ def test_leaving_the_online_transform_out_is_noticed(tmp_path, monkeypatch):
      ({"rotation": {"r1": True, "r2": True, "r4": 128}}, "does not fit")],
 )  # fmt: skip
 def test_a_contradicted_contract_is_refused_everywhere(tmp_path, change, words):
-    saved(tmp_path / "m", {"r1", "r2", "r4"})
+    saved_rotated(tmp_path / "m", {"r1", "r2", "r4"})
     path = tmp_path / "m" / "params.json"
     params = json.loads(path.read_text())
     params["quantization_args"] |= change

@@ -1,29 +1,23 @@
-"""One optimizer step of a stage in a process of its own: prints what it held at its peak, beside the plan.
+"""Two optimizer steps of a stage in a process of its own: prints what it held at its peak, beside the plan.
 
-python memory_probe.py qat|qat_lora|qat_dpo BATCH SEQ_LEN [key=value …]
+    MALLOC_MMAP_THRESHOLD_=65536 python memory_probe.py qat|qat_lora|qat_dpo BATCH SEQ_LEN [key=value …]
+
+At real shapes glibc maps every tensor alone and gives it back; here, where they are small, it has to be told to.
 """
 
 import json
-import re
 import sys
-from pathlib import Path
 
 import torch
 
 from llamaq.config import load
+from llamaq.export.benchmark import memory
 from llamaq.quant.scheme import Scheme
-from llamaq.train.data import instantiate
 from llamaq.train.engine import make_engine
 from llamaq.train.loop import one_step
 from llamaq.train.memory import shape_of, stage_bytes
-from llamaq.train.model import build_model
+from llamaq.train.model import build_model, instantiate
 from llamaq.train.objectives import DPO, SFT
-
-
-def status(field: str) -> int:
-    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None
-    return int(match[1]) * 1024
 
 
 def main() -> None:
@@ -38,7 +32,7 @@ def main() -> None:
                                    "num_kv_heads": 1}, None, Scheme(), adapters, frozen=kind == "qat_lora")  # fmt: skip
     small(tokens[:1, :8], tokens[:1, :8])[0].sum().backward()
     del small
-    before = status("VmRSS")
+    before = memory("VmRSS")
     model = build_model(c.model, None, Scheme(), adapters, frozen=kind == "qat_lora")
     engine = make_engine(model, training, kind, 2, c, device)
     if kind == "qat_dpo":
@@ -49,8 +43,8 @@ def main() -> None:
         objective, batches = SFT(0), [{"tokens": tokens, "labels": tokens}]
     for _ in range(2):
         one_step(engine, objective, batches, 1, device, False)
-    plan = stage_bytes(shape_of(c.model), training, c, seq_len, kind)
-    print(json.dumps({"measured": status("VmHWM") - before, "planned": sum(plan.values()), "parts": plan}))
+    parts = stage_bytes(shape_of(c.model), training, c, seq_len, kind)
+    print(json.dumps({"measured": memory("VmHWM") - before, "planned": sum(parts.values()), "parts": parts}))
 
 
 if __name__ == "__main__":

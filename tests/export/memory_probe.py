@@ -1,0 +1,71 @@
+"""Export a random model, then run it, each in a process of its own: peak memory beside the plans.
+
+    python memory_probe.py FOLDER qat|qat_lora [key=value …]
+
+Settings go over the tiny config's, e.g. model.embed_dim=1024.
+"""
+
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+
+import torch
+
+from llamaq.config import Config, load
+from llamaq.export.benchmark import measure, memory
+from llamaq.export.exporter import export_pte
+from llamaq.export.handover import options_of
+from llamaq.export.meta import save_quantized
+from llamaq.quant.prepare import freeze
+from llamaq.quant.scheme import Scheme
+from llamaq.train.memory import export_bytes, phone_bytes, shape_of
+from llamaq.train.model import build_model
+
+
+def configured(folder: str, kind: str, settings: list[str]) -> Config:
+    return load("tiny", [f"output_dir={folder}/run", f"export.stage={kind}", *settings])
+
+
+def write(folder: str, kind: str, settings: list[str]) -> None:
+    c = configured(folder, kind, settings)
+    model = build_model(c.model, None, Scheme(), (16, 32.0) if kind == "qat_lora" else None)
+    for name, p in model.decoder.named_parameters():
+        if name.endswith("adapter.b"):
+            torch.nn.init.normal_(p, std=0.02)  # else the file would store all of them once
+    freeze(model.decoder)
+    save_quantized(Path(folder) / "model", model.decoder, Scheme())
+
+
+def export(folder: str, kind: str, settings: list[str], peaks) -> None:
+    c = configured(folder, kind, settings)
+    e, metadata = c.export, {"get_bos_id": 1, "get_eos_ids": [2]}
+    export_pte(Path(folder) / "model", Path(folder) / "model.pte", e.max_seq_length, e.max_context_length, metadata,
+               options_of(c))  # fmt: skip
+    peaks["export"] = memory("VmHWM")
+
+
+def run(folder: str, kind: str, settings: list[str], peaks) -> None:
+    tokens = configured(folder, kind, settings).export.max_seq_length
+    peaks["phone"] = measure(f"{folder}/model.pte", tokens, 4, 1, 1)["memory_bytes"][0]
+
+
+def main() -> None:
+    folder, kind, *settings = sys.argv[1:]
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        peaks = manager.dict()
+        for step, arguments in ((write, ()), (export, (peaks,)), (run, (peaks,))):
+            process = context.Process(target=step, args=(folder, kind, settings, *arguments))
+            process.start()
+            process.join()
+            if process.exitcode:
+                sys.exit(f"{step.__name__} failed")
+        c = configured(folder, kind, settings)
+        shape = shape_of(c.model)
+        plans = {"export": export_bytes(shape, c), "phone": phone_bytes(shape, c, kind == "qat_lora")}
+        print(json.dumps({k: {"measured": peaks[k], "planned": sum(plans[k].values())} for k in plans}))
+
+
+if __name__ == "__main__":
+    main()

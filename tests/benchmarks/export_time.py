@@ -1,0 +1,66 @@
+"""What exporting the tiny model takes, in CPU seconds: llamaq beside ExecuTorch's own command, in turns.
+
+    python tests/benchmarks/export_time.py [--rounds 2]
+
+Both write the same graph; llamaq's file differs in one constant (`get_max_seq_len`, see `exporter.true_lengths`). What
+is spared is spent on copies while tracing (`exporter.light_tracing`); starting Python and its imports are in both.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from llamaq import torchao_compat  # noqa: F401
+from llamaq.config import load
+from llamaq.export.exporter import executorch_arguments, export_pte
+from llamaq.export.meta import save_quantized
+from llamaq.quant.prepare import freeze
+from llamaq.quant.scheme import Scheme
+from llamaq.train.model import build_model
+
+LENGTHS = (128, 256)
+METADATA = {"get_bos_id": 1, "get_eos_ids": [2]}
+
+
+def cpu_seconds(command: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.ours:
+        export_pte(a.ours / "model", a.ours / "ours.pte", *LENGTHS, METADATA)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = build_model(load("tiny", [f"output_dir={folder}/run"]).model, None, Scheme(), (16, 32.0))
+        freeze(model.decoder)
+        save_quantized(folder / "model", model.decoder, Scheme())
+        theirs = executorch_arguments(folder / "model", *LENGTHS, folder / "theirs", METADATA)
+        commands = {
+            "ExecuTorch": [sys.executable, "-m", "executorch.examples.models.llama.export_llama", *theirs],
+            "llamaq": [sys.executable, __file__, "--ours", str(folder)],
+        }
+        seconds: dict[str, list[float]] = {who: [] for who in commands}
+        for turn in range(a.rounds):
+            for who, command in commands.items():
+                seconds[who].append(cpu_seconds(command))
+                print(f"round {turn + 1}: {who} {seconds[who][-1]:.1f} CPU s", flush=True)
+        middle = {who: statistics.median(s) for who, s in seconds.items()}
+        print(f"llamaq / ExecuTorch: {middle['llamaq'] / middle['ExecuTorch']:.2f}×")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,8 @@ test: install
 
 # everything but what needs a GPU: the chain end to end, kills and resumes, real Ray and DeepSpeed
 test-all: test
-	$(BIN)/python -m pytest -m 'slow or cluster'
+	$(BIN)/python -m pytest -m 'slow and not cluster' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m cluster
 
 # ExecuTorch's Arm build under emulation, for the tests marked arm: x86-64 Linux, as root; 3 minutes and 1.5 GB once
 arm: install

@@ -91,9 +91,9 @@ def saved_variant(folder: Path, kind: str) -> CausalLM:
     """A random model of a kind that ships (qat, qat_lora or spinquant), likewise."""
     if kind == "spinquant":
         return saved_rotated(folder, {"r1", "r2", "r4"})
-    model = trained_like(Scheme(), frozen=True)
     if kind == "qat":
-        model = build_model(MODEL, random_weights(), Scheme())
-        freeze(model.decoder)
+        model = build_model(MODEL, random_weights(), Scheme(), frozen=True)
+    else:
+        model = trained_like(Scheme(), frozen=True)
     save_quantized(folder, model.decoder, Scheme())
     return model.eval()

@@ -23,6 +23,7 @@ from llamaq.export.exporter import load_eager
 from llamaq.export.handover import GATE_CONTEXT, export_model, gate_tokens
 from llamaq.export.pte import Pte
 from llamaq.pipeline import Run, on_rank_zero, say, sha256_file
+from llamaq.quant.prepare import quantized_linears
 from llamaq.train.data import build_dataset, collate_sft
 from llamaq.train.model import CausalLM, pick_device
 from llamaq.train.stages import tokenizer_of
@@ -209,23 +210,24 @@ def forms(
 
 
 def numerics(model: CausalLM, tokens: Tensor) -> dict[str, dict[str, float]]:
-    """How far a model [tokens: 1, s] is from itself when only the arithmetic changes, apart from any hand-over.
+    """How far a model is from itself, tokens [1, s], when only the arithmetic changes, apart from any hand-over.
 
-    `bf16`: under autocast, as it was trained if the run's dtype says so. `float32`: with every embedding off by one
-    rounding (2⁻²⁴), which is what summing in another order does; a .pte cannot be closer to the model than that.
+    `bf16`: under autocast, as it is trained if the run's dtype says so. `float32`: with the output of every linear off
+    by a last place (2⁻²³ of it, up, down or not), as summing in another order does; a .pte cannot be closer than that.
     """
     exact = model(tokens)[0]
     with torch.autocast(tokens.device.type, torch.bfloat16):
         bf16 = model(tokens)[0].float()
     generator = torch.Generator().manual_seed(0)
 
-    def one_rounding_off(module: Any, inputs: Any, x: Tensor) -> Tensor:
-        return x * (1 + 2**-23 * (torch.rand(x.shape, generator=generator) - 0.5))
+    def last_place_off(module: Any, inputs: Any, y: Tensor) -> Tensor:
+        return y * (1 + 2**-23 * torch.randint(-1, 2, y.shape, generator=generator))
 
-    hook = model.decoder.tok_embeddings.register_forward_hook(one_rounding_off)
-    noisy = model(tokens)[0]
-    hook.remove()
-    return {"float32": agreement(exact, noisy), "bf16": agreement(exact, bf16)}
+    hooks = [m.register_forward_hook(last_place_off) for m in quantized_linears(model.decoder).values()]
+    summed_otherwise = model(tokens)[0]
+    for hook in hooks:
+        hook.remove()
+    return {"float32": agreement(exact, summed_otherwise), "bf16": agreement(exact, bf16)}
 
 
 def speed(run: Run, folders: dict[str, Path]) -> Path:
@@ -236,6 +238,8 @@ def speed(run: Run, folders: dict[str, Path]) -> Path:
         say("measuring speed: leave the machine alone meanwhile …")
         files = {name: f / "model.pte" for name, f in folders.items()}
         result = benchmark(list(files.values()), e.speed_prompt_tokens, e.speed_new_tokens, threads=e.threads)
+        if result["failed"]:
+            raise UserError("\n".join(result["failed"].values()))
         result["models"] = {name: result["models"][str(path)] for name, path in files.items()}
         return result
 

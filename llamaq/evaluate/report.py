@@ -25,7 +25,7 @@ HAND_OVERS = {
     "pte": "fake-quantized → .pte, short contexts",
     "pte_long": "fake-quantized → .pte, one context",
     "kv_cache": "fake-quantized → .pte with int8 KV cache",
-    "float32": "every embedding off by one float32 rounding",
+    "float32": "linears off by a last place of float32",
     "bf16": "bf16 autocast, as in training",
 }
 

@@ -17,6 +17,7 @@ Only the standard library is imported above the workers; nothing of llamaq at al
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -112,33 +113,34 @@ def open_gguf(path: str, tokens: int, threads: int) -> tuple[Any, float, int, in
     """A .gguf run by llama.cpp, likewise."""
     import ctypes
 
-    import llama_cpp  # pyright: ignore[reportMissingImports]  (llamaq[bench])
     import numpy as np
 
-    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
+    llama: Any = importlib.import_module("llama_cpp")  # llamaq[bench]
+
+    silent = llama.llama_log_callback(lambda level, text, data: None)
+    llama.llama_log_set(silent, ctypes.c_void_p(0))
+    llama.llama_backend_init()
     before, start = memory("VmRSS"), time.perf_counter()
-    settings = llama_cpp.llama_model_default_params()
+    settings = llama.llama_model_default_params()
     settings.n_gpu_layers = 0
-    model = llama_cpp.llama_model_load_from_file(path.encode(), settings)
+    model = llama.llama_model_load_from_file(path.encode(), settings)
     if not model:
         sys.exit(f"{path}: llama.cpp cannot load it")
-    options = llama_cpp.llama_context_default_params()
+    options = llama.llama_context_default_params()
     options.n_ctx, options.n_batch, options.n_ubatch = max(256, tokens), tokens, 512
     options.n_threads = options.n_threads_batch = threads
-    context = llama_cpp.llama_init_from_model(model, options)
+    context = llama.llama_init_from_model(model, options)
     load = time.perf_counter() - start
-    vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 
     def step(tokens: list[int], position: int, _log: Any = silent) -> int:
         if position == 0:
-            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        ids = (llama_cpp.llama_token * len(tokens))(*tokens)  # named: the batch only points to it
-        batch = llama_cpp.llama_batch_get_one(ids, len(tokens))
-        if llama_cpp.llama_decode(context, batch) != 0:
+            llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        ids = (llama.llama_token * len(tokens))(*tokens)  # named: the batch only points to it
+        batch = llama.llama_batch_get_one(ids, len(tokens))
+        if llama.llama_decode(context, batch) != 0:
             sys.exit(f"{path}: llama.cpp failed at position {position}")
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), shape=(vocab,))
+        logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), shape=(vocab,))
         return int(logits.argmax())
 
     return step, load, before, vocab
@@ -155,7 +157,7 @@ def measure_on_phone(adb: list[str], path: Path, a: argparse.Namespace) -> dict[
     """
     prompt = " ".join(["one"] * a.prompt_tokens)  # a token each in Llama 3's vocabulary; the runner reports its count
     command = (
-        f"cd {PHONE} && ./llama_main --model_path {shlex.quote(path.name)} --tokenizer_path tokenizer "
+        f"cd {PHONE} && ./llama_main --model_path {shlex.quote(on_phone(path))} --tokenizer_path tokenizer "
         f"--prompt {shlex.quote(prompt)} --temperature 0 --warmup --ignore_eos "
         f"--seq_len {a.prompt_tokens + a.new_tokens + 1} --cpu_threads {a.threads}"
     )
@@ -188,17 +190,28 @@ def runner_report(output: str) -> dict[str, float]:
 
 
 def to_phone(a: argparse.Namespace) -> list[str]:
-    """Push models, runner and tokenizer, each only if the phone's has another size; returns the adb command."""
+    """Push models, runner and tokenizer, each unless the phone has it (by SHA-256); returns the adb command."""
     if not a.runner or not a.tokenizer:
         sys.exit("--adb needs --runner (llama_main built for Android) and --tokenizer (Meta's tokenizer.model)")
     adb = ["adb", *(["-s", a.adb] if a.adb != "auto" else [])]
     call([*adb, "shell", f"mkdir -p {PHONE}"])
-    for source, name in [(a.runner, "llama_main"), (a.tokenizer, "tokenizer"), *((m, m.name) for m in a.models)]:
-        there = call([*adb, "shell", f"stat -c %s {PHONE}/{shlex.quote(name)} 2>/dev/null || echo 0"]).strip()
-        if there != str(source.stat().st_size):
+    for source, name in [(a.runner, "llama_main"), (a.tokenizer, "tokenizer"), *((m, on_phone(m)) for m in a.models)]:
+        there = call([*adb, "shell", f"sha256sum {PHONE}/{shlex.quote(name)} 2>/dev/null || true"])
+        if sha256(source) not in there:
+            print(f"pushing {source} …", file=sys.stderr, flush=True)
             call([*adb, "push", str(source), f"{PHONE}/{name}"])
     call([*adb, "shell", f"chmod +x {PHONE}/llama_main"])
     return adb
+
+
+def on_phone(model: Path) -> str:
+    """A model's name there; most are called model.pte, so their folders' names are in it."""
+    return "-".join(part for part in model.parts if part not in ("/", "..", "."))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def call(command: list[str]) -> str:
@@ -221,19 +234,26 @@ def benchmark(
     """Measure models on this machine, each in its own processes, in turns.
 
     Returns:
-        {"device": …, "settings": …, "models": {path: {measure: [values], …, "sha256": …, "file_bytes": [n]}}}.
-
-    Raises:
-        RuntimeError: a model's process failed; with the last of what it said.
+        {"device": …, "settings": …, "models": {path: {measure: [values], …, "sha256": …, "file_bytes": [n]}}, "failed":
+        {path: the last of what its process said}}; one that failed is in no further round, the others are measured.
     """
     threads = threads or len(os.sched_getaffinity(0))
     results: dict[str, dict[str, Any]] = {str(m): {} for m in models}
+    failed: dict[str, str] = {}
     for turn in range(rounds):
         for i, model in enumerate(models):
+            if str(model) in failed:
+                continue
             print(
                 f"round {turn + 1} of {rounds}, model {i + 1} of {len(models)}: {model} …", file=sys.stderr, flush=True
             )
-            for key, values in _in_own_process(model, prompt_tokens, new_tokens, runs, threads).items():
+            try:
+                measured = _in_own_process(model, prompt_tokens, new_tokens, runs, threads)
+            except RuntimeError as e:
+                failed[str(model)] = str(e)
+                del results[str(model)]
+                continue
+            for key, values in measured.items():
                 results[str(model)].setdefault(key, []).extend(values)
     settings = {
         "prompt_tokens": prompt_tokens,
@@ -242,7 +262,7 @@ def benchmark(
         "rounds": rounds,
         "threads": threads,
     }
-    return finish(results, settings, cpu_name())
+    return finish(results, settings, cpu_name()) | {"failed": failed}
 
 
 def _in_own_process(model: Path, *settings: int) -> dict[str, list[float]]:
@@ -256,8 +276,7 @@ def _in_own_process(model: Path, *settings: int) -> dict[str, list[float]]:
 
 def finish(results: dict[str, dict[str, Any]], settings: dict[str, int], device: str) -> dict[str, Any]:
     for name, result in results.items():
-        with open(name, "rb") as f:
-            result["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+        result["sha256"] = sha256(Path(name))
         result["file_bytes"] = [os.path.getsize(name)]
     return {"device": device, "settings": settings, "models": results}
 
@@ -325,10 +344,10 @@ def main() -> None:
         settings = {k: getattr(a, k) for k in ("prompt_tokens", "new_tokens", "runs", "threads")}
         result = finish(results, settings, call([*adb, "shell", "getprop ro.product.model"]).strip())
     else:
-        try:
-            result = benchmark(a.models, a.prompt_tokens, a.new_tokens, a.runs, a.rounds, a.threads)
-        except RuntimeError as e:
-            sys.exit(str(e))
+        result = benchmark(a.models, a.prompt_tokens, a.new_tokens, a.runs, a.rounds, a.threads)
+    failed = "\n".join(result.get("failed", {}).values())
+    if not result["models"]:
+        sys.exit(failed)
     s = result["settings"]
     print(f"\n{result['device']}, {s['threads']} threads, prompt {s['prompt_tokens']}, {s['new_tokens']} new tokens\n")
     print(markdown(result))
@@ -336,6 +355,8 @@ def main() -> None:
         print(f"{path}: sha256 {model['sha256']}")
     if a.json:
         a.json.write_text(json.dumps(result, indent=1))
+    if failed:
+        sys.exit(failed)
 
 
 if __name__ == "__main__":

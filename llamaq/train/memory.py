@@ -159,6 +159,16 @@ def spinquant_bytes(shape: Shape, c: Config, seq_len: int) -> tuple[dict[str, fl
     return device, host
 
 
+def evaluate_bytes(shape: Shape, c: Config) -> dict[str, float]:
+    """Bytes held while held-out text is read by one model and those it is compared with, float32."""
+    models = 2 + (c.evaluate.control and c.spinquant is None)
+    return {
+        "models": 4.0 * models * shape.weights,
+        "quantized heads": 4.0 * models * shape.embedding,
+        "logits": 4 * 4.0 * HEAD_CHUNK_TOKENS * shape.vocab,
+    }
+
+
 def export_bytes(shape: Shape, c: Config) -> dict[str, float]:
     """Bytes the host holds while ExecuTorch exports a quantized model; fitted to exports of 30 M to 1 B weights.
 
@@ -231,7 +241,7 @@ class Need:
 
 
 def memory_plan(c: Config, seq_len: int) -> list[Need]:
-    """What each stage needs of a rank, the export of its host, and the exported file of a phone."""
+    """What each stage needs of a rank, evaluation and export of their machine, and the exported file of a phone."""
     shape, device = shape_of(c.model), pick_device(c.device)
     available, host = _memory(device), _memory(torch.device("cpu"))
     remedy = "lower batch_size, set activation_checkpointing=true" + " or deepspeed.config=zero3" * uses_deepspeed(c)
@@ -250,6 +260,7 @@ def memory_plan(c: Config, seq_len: int) -> list[Need]:
             plan.append(Need("spinquant", str(device), on_device, available, remedy))
             plan.append(Need("its host", "the host", on_host, host, "lower num_samples"))
     adapters = c.spinquant is None and c.export.stage != "qat"
+    plan.append(Need("evaluate", str(device), evaluate_bytes(shape, c), available, "evaluate with device=cpu"))
     plan.append(Need("export", "the host", export_bytes(shape, c), host, "export on a larger machine"))
     plan.append(Need("model.pte", "the phone", phone_bytes(shape, c, adapters)))
     return plan

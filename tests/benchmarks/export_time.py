@@ -18,7 +18,6 @@ from llamaq import torchao_compat  # noqa: F401
 from llamaq.config import load
 from llamaq.export.exporter import executorch_arguments, export_pte
 from llamaq.export.meta import save_quantized
-from llamaq.quant.prepare import freeze
 from llamaq.quant.scheme import Scheme
 from llamaq.train.model import build_model
 
@@ -45,8 +44,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = build_model(load("tiny", [f"output_dir={folder}/run"]).model, None, Scheme(), (16, 32.0))
-        freeze(model.decoder)
+        model = build_model(load("tiny", [f"output_dir={folder}/run"]).model, None, Scheme(), (16, 32.0), frozen=True)
         save_quantized(folder / "model", model.decoder, Scheme())
         theirs = executorch_arguments(folder / "model", *LENGTHS, folder / "theirs", METADATA)
         commands = {

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import MODEL, random_weights
 
+from llamaq.evaluate.measure import numerics
 from llamaq.evaluate.sensitivity import (
     ENDS,
     LINEARS,
@@ -81,3 +82,13 @@ def test_divergence_names_the_block():
     assert errors[0] == 0 and errors[1] > 1e-3
     assert first_divergence(errors, 1e-4) == 1
     assert first_divergence([0.0, 0.0], 1e-4) is None
+
+
+def test_what_arithmetic_alone_does():
+    """A last place in float32 moves few logits, bf16 all; afterwards the model computes as before."""
+    model = build_model(MODEL, random_weights(), Scheme()).eval()
+    with torch.no_grad():
+        before = model(TOKENS[:1])
+        found = numerics(model, TOKENS[:1])
+        assert torch.equal(model(TOKENS[:1]), before)
+    assert 0 < found["float32"]["relative_error"] < 2e-3 < found["bf16"]["token_error"] < 0.1

@@ -17,7 +17,6 @@ from llamaq.export.benchmark import measure, memory
 from llamaq.export.exporter import export_pte
 from llamaq.export.handover import options_of
 from llamaq.export.meta import save_quantized
-from llamaq.quant.prepare import freeze
 from llamaq.quant.scheme import Scheme
 from llamaq.train.memory import export_bytes, phone_bytes, shape_of
 from llamaq.train.model import build_model
@@ -29,11 +28,10 @@ def configured(folder: str, kind: str, settings: list[str]) -> Config:
 
 def write(folder: str, kind: str, settings: list[str]) -> None:
     c = configured(folder, kind, settings)
-    model = build_model(c.model, None, Scheme(), (16, 32.0) if kind == "qat_lora" else None)
+    model = build_model(c.model, None, Scheme(), (16, 32.0) if kind == "qat_lora" else None, frozen=True)
     for name, p in model.decoder.named_parameters():
         if name.endswith("adapter.b"):
             torch.nn.init.normal_(p, std=0.02)  # else the file would store all of them once
-    freeze(model.decoder)
     save_quantized(Path(folder) / "model", model.decoder, Scheme())
 
 

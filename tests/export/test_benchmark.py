@@ -80,6 +80,10 @@ def test_models_side_by_side_in_one_file_of_python(files):
         assert model["file_bytes"] == [(files / name).stat().st_size]
         assert 0 < model["memory_bytes"][0] < model["peak_bytes"][0]
     assert done.stdout.count("sha256") == 2 and "**" in done.stdout
+    (files / "broken.pte").write_bytes(b"no program")
+    one_fails = subprocess.run([*command[:3], "broken.pte", *command[4:]], capture_output=True, text=True, cwd=files)
+    assert one_fails.returncode == 1 and "broken.pte: its process ended with" in one_fails.stderr
+    assert "| model.pte |" in one_fails.stdout and "| broken.pte |" not in one_fails.stdout  # nothing is lost
     too_long = subprocess.run([*command[:4], "--prompt-tokens", "120"], capture_output=True, text=True, cwd=files)
     assert too_long.returncode == 1 and "its KV cache has 128 tokens" in too_long.stderr
 
@@ -115,7 +119,10 @@ def test_the_way_to_a_phone_and_what_the_real_runner_reports(files, tmp_path):
             text = text.replace("{" + key + "}", value)
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    command = [sys.executable, bench.__file__, files / "model.pte", "--adb", "--runner", tmp_path / "llama_main",
+    (tmp_path / "export").mkdir()
+    model = tmp_path / "export" / "model.pte"
+    model.write_bytes((files / "static.pte").read_bytes())
+    command = [sys.executable, bench.__file__, files / "model.pte", model, "--adb", "--runner", tmp_path / "llama_main",
                "--tokenizer", files / "tokenizer.model", "--prompt-tokens", "20", "--new-tokens", "16", "--runs", "2",
                "--threads", "2", "--json", tmp_path / "phone.json"]  # fmt: skip
     environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
@@ -123,7 +130,12 @@ def test_the_way_to_a_phone_and_what_the_real_runner_reports(files, tmp_path):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "phone.json").read_text())
-    (model,) = result["models"].values()
-    assert result["device"] == "stand-in" and len(model["decode"]) == 2
-    assert all(model[key][0] > 0 for key in ("prefill", "decode", "memory_bytes"))
-    assert (phone / "pushed").read_text().split() == ["llama_main", "tokenizer", "model.pte"]  # the second run: nothing
+    assert result["device"] == "stand-in" and len(result["models"]) == 2
+    for measured in result["models"].values():
+        assert len(measured["decode"]) == 2
+        assert all(measured[key][0] > 0 for key in ("prefill", "decode", "memory_bytes"))
+    pushed = (phone / "pushed").read_text().split()
+    assert len(pushed) == 4 and pushed[3].endswith("-export-model.pte")  # the second run pushed nothing
+    model.write_bytes((files / "model.pte").read_bytes())
+    bench.call(list(map(str, ["env", f"PATH={environment['PATH']}", *command])))
+    assert (phone / "pushed").read_text().split() == [*pushed, pushed[3]]  # another file under the same name

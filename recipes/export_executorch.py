@@ -27,7 +27,6 @@ from llamaq.export.handover import (
     export_checked,
     gate_settings,
     gate_tokens,
-    prompt_tokens,
     with_adapters,
 )
 from llamaq.export.meta import BACKBONE, backbone_hash, load_quantized, save_peft, save_quantized
@@ -112,6 +111,16 @@ def export(
 
     settings = {"export": c.export, "tokenizer": c.tokenizer} | gate_settings(run)
     return run.stage("export", on_rank_zero(build), settings, [converted, *adapters.values()])
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """A prompt as the model saw it in training: a user's turn and the start of the answer, or plain text."""
+    if not chat:
+        return tokenizer.encode(prompt, add_bos=True, add_eos=False)
+    from torchtune.data import Message
+
+    messages = [Message(role="user", content=prompt), Message(role="assistant", content="")]
+    return tokenizer.tokenize_messages(messages, add_end_tokens=False)[0]
 
 
 def recipe(run: Run) -> None:

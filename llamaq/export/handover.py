@@ -228,13 +228,3 @@ def copy_tokenizer(c: Config, folder: Path) -> None:
         if c.tokenizer.get(key):
             name = "tokenizer.model" if key == "path" else Path(c.tokenizer[key]).name
             shutil.copyfile(c.tokenizer[key], folder / name)
-
-
-def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """A prompt as the model saw it in training: a user's turn and the start of the answer, or plain text."""
-    if not chat:
-        return tokenizer.encode(prompt, add_bos=True, add_eos=False)
-    from torchtune.data import Message
-
-    messages = [Message(role="user", content=prompt), Message(role="assistant", content="")]
-    return tokenizer.tokenize_messages(messages, add_end_tokens=False)[0]

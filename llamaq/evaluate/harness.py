@@ -197,35 +197,40 @@ def harness_model(reader: Reader, tokenizer: Any) -> Any:
                     until = settings.get("until") or []
                     limit = min(int(settings.get("max_gen_toks", MAX_NEW_TOKENS)), reader.max_length - 1)
                     context = self.tok_encode(prompt)[-(reader.max_length - limit) :]
-                    texts.append(answer(context, [until] if isinstance(until, str) else until, limit))
+                    until = [until] if isinstance(until, str) else until
+                    texts.append(answer(reader, tokenizer, context, until, limit))
             return texts
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            turns = [
-                f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content'].strip()}<|eot_id|>"
-                for m in chat_history
-            ]
-            if not add_generation_prompt:  # the last turn is the answer's beginning
-                turns[-1] = turns[-1].removesuffix("<|eot_id|>")
-            opening = "<|start_header_id|>assistant<|end_header_id|>\n\n" if add_generation_prompt else ""
-            return "<|begin_of_text|>" + "".join(turns) + opening
+            return chat_text(chat_history, add_generation_prompt)
 
         def chat_template(self, chat_template: bool | str = False) -> str | None:
             return "Llama 3" if chat_template else None
 
-    def answer(context: list[int], until: list[str], limit: int) -> str:
-        tokens: list[int] = []
-        text = ""
-        for token in reader.continuation(context):
-            if token in tokenizer.stop_tokens:
-                break
-            tokens.append(token)
-            text = tokenizer.decode(tokens)
-            if len(tokens) >= limit or any(stop in text for stop in until):
-                break
-        return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
-
     return HarnessModel()
+
+
+def answer(reader: Reader, tokenizer: Any, context: list[int], until: list[str], limit: int) -> str:
+    """Greedy text after a context: up to a stop token, to one of the strings `until`, or to `limit` tokens."""
+    tokens: list[int] = []
+    text = ""
+    for token in reader.continuation(context):
+        if token in tokenizer.stop_tokens:
+            break
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if len(tokens) >= limit or any(stop in text for stop in until):
+            break
+    return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
+
+
+def chat_text(history: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    """Turns in Llama 3's chat template; at the end the assistant's next one begun, or else the last one left open."""
+    turns = [f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content'].strip()}<|eot_id|>" for m in history]
+    if not add_generation_prompt:
+        turns[-1] = turns[-1].removesuffix("<|eot_id|>")
+    opening = "<|start_header_id|>assistant<|end_header_id|>\n\n" if add_generation_prompt else ""
+    return "<|begin_of_text|>" + "".join(turns) + opening
 
 
 def perplexity(reader: Reader, tokenizer: Any, documents: Sequence[str]) -> dict[str, float]:

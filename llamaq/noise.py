@@ -6,6 +6,7 @@ Everything else they say still comes through.
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -15,7 +16,10 @@ _LOGGED = {
     "torchao": "Failed to load ",  # CUDA-only extension libraries, absent or unloadable on a CPU
     "torch.utils._pytree": "<enum 'KernelPreference'>",  # torchao registers an enum torch now knows by itself
 }
-_NATIVE = ("[cpuinfo_utils.cpp:", "I tokenizers:regex.cpp:")  # ExecuTorch's C++, straight to standard error
+_NATIVE = re.compile(  # ExecuTorch's C++, straight to standard error; the last twice a layer and token of an int8 cache
+    r"\[cpuinfo_utils\.cpp:|I tokenizers:regex\.cpp:|"
+    r"E [\d:.]+ executorch:kernel_runtime_context\.h:\d+\] No temp allocator provided"
+)
 
 
 class _PrefixFilter(logging.Filter):
@@ -49,4 +53,4 @@ def without_native_noise() -> Iterator[None]:
             os.dup2(kept, 2)
             os.close(kept)
             file.seek(0)
-            sys.stderr.write("".join(line for line in file if not line.startswith(_NATIVE)))
+            sys.stderr.write("".join(line for line in file if not _NATIVE.match(line)))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llamaq.errors import UserError
 from llamaq.export.exporter import quiet
+from llamaq.noise import without_native_noise
 
 
 class Pte:
@@ -59,7 +60,8 @@ class Pte:
 
     def rows(self, tokens: list[int], position: int) -> Tensor:
         """Logits [n, vocab] of one call at `position`: of all tokens if exported with full logits, else of the last."""
-        (logits,) = self._forward.execute((torch.tensor([tokens]), torch.tensor([position])))
+        with without_native_noise():
+            (logits,) = self._forward.execute((torch.tensor([tokens]), torch.tensor([position])))
         return logits.reshape(-1, logits.shape[-1]).clone()
 
     def step(self, tokens: list[int], position: int) -> Tensor:

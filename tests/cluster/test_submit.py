@@ -80,7 +80,9 @@ def test_a_submitted_chain_ends_with_the_report_of_a_run_on_one_process(cluster,
 
 def headings(folder: Path) -> list[str]:
     return [
-        line for line in (folder / "report/report.md").read_text().splitlines()[1:] if line.startswith(("#", "| model"))
+        line
+        for line in (folder / "report/report.md").read_text().splitlines()[1:]
+        if line.startswith(("#", "| model |"))
     ]
 
 

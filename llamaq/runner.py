@@ -33,7 +33,7 @@ def main(recipe: Callable[[Run], None], usage: str | None) -> None:
         print(f"{who}error: {e}", file=sys.stderr, flush=True)
         if os.environ.get("LLAMAQ_TRACEBACK"):
             traceback.print_exc()
-        leave_at_once_if_others_wait()
+        leave_process_group(1)
         sys.exit(1)
     leave_process_group()
 
@@ -63,18 +63,19 @@ def backend(on_gpu: bool) -> str:
     return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
 
 
-def leave_at_once_if_others_wait() -> None:
-    """After an error of one rank: taking NCCL's group down would wait for ranks that wait for this one."""
-    import torch.distributed as dist
+def leave_process_group(code: int = 0) -> None:
+    """Last words of a rank; in one process without a group, nothing.
 
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-
-def leave_process_group() -> None:
+    The process ends here and not with the interpreter: gloo's threads may still hold a tensor of the last collective,
+    and one that asks for the GIL while Python shuts down aborts a run that is done (torch 2.13, pytorch issue 190489;
+    DeepSpeed keeps the threads alive past `destroy_process_group`). After an error the group is not taken down: NCCL
+    would wait for ranks that wait for this one.
+    """
     import torch.distributed as dist
 
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if code == 0:
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

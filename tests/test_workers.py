@@ -1,6 +1,8 @@
 """What ranks tell each other before a run: differences stop it, and the message says which and what to do."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import small
@@ -58,3 +60,21 @@ def test_a_rank_sees_its_run_and_not_another_one(tmp_path, monkeypatch):
     assert mine["output_dir"] == "seen" and mine["packages"] == package_versions() and len(mine["code"]) == 64
     assert report(run.config, "another!")["output_dir"] == "NOT SEEN"
     assert code_hash() == mine["code"]
+
+
+LEAVING = """
+import atexit, os
+import torch.distributed as dist
+from llamaq.runner import leave_process_group
+atexit.register(os.abort)  # what a thread of gloo may do while Python shuts down
+leave_process_group()  # no group yet: goes on
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+print("said", end="")
+leave_process_group({code})
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_rank_ends_with_its_code_and_all_it_said_before_python_shuts_down(code):
+    done = subprocess.run([sys.executable, "-c", LEAVING.format(code=code)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "said")

@@ -275,6 +275,7 @@ from test_training import dpo_objective, pairs, run_training, samples, with_refe
 from conftest import ADAPTERS, small
 from llamaq.train.model import build_model
 from llamaq.quant.scheme import Scheme
+from llamaq.runner import leave_process_group
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 rows = pairs()
@@ -284,7 +285,7 @@ sft = run_training(Path({folder!r}) / "sft", "qat.batch_size=2")
 dpo = run_training(Path({folder!r}) / "dpo", "qat.batch_size=2", objective=dpo_objective(), rows=rows)
 if dist.get_rank() == 0:
     Path({folder!r}, "out.json").write_text(json.dumps([sft, dpo]))
-dist.destroy_process_group()
+leave_process_group()
 """
 
 

@@ -299,11 +299,15 @@ class Run:
         """The metrics a finished stage left in its manifest."""
         return read_manifest(self.path(stage))["metrics"]
 
-    def need(self, stage: str) -> Path:
+    def need(self, stage: str, made_from: list[Path] | None = None) -> Path:
         """The folder of a stage that must have been run already, checked file by file.
 
+        Args:
+            stage: its name.
+            made_from: the stages of this run it must have been made from, and as they are now; unset: whatever it was.
+
         Raises:
-            UserError: it has not been run, or a file is damaged.
+            UserError: it has not been run, a file is damaged, or it was made from something else.
         """
         folder = self.path(stage)
         if not (folder / MANIFEST).is_file():
@@ -311,8 +315,20 @@ class Run:
                 f"stage '{stage}' has not been run in {self.folder}; run it first, or the whole chain: "
                 "tune run qat_lora_dpo --config … (same settings)"
             )
-        from_rank_zero(lambda: self._verify_once(folder))
+        from_rank_zero(lambda: self._check_origin(self._verify_once(folder), made_from))
         return folder
+
+    def _check_origin(self, manifest: dict[str, Any], made_from: list[Path] | None) -> None:
+        if made_from is None:
+            return
+        then = {n: h for n, h in manifest["identity"]["inputs"].items() if (self.path(n) / MANIFEST).is_file()}
+        now = {p.name: self._input_hash(p) for p in made_from}
+        if then != now:
+            raise UserError(
+                f"{self.path(manifest['stage'])} was not made from {', '.join(now)} as now in {self.folder}, but from "
+                f"{', '.join(then)}{' of before' if then.keys() == now.keys() else ''}; "
+                "run `tune run export_executorch` with these settings, or give the ones it was made with"
+            )
 
     def stage(
         self,

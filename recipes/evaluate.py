@@ -25,7 +25,7 @@ from llamaq.evaluate.publish import data_line, measured_facts, report_stage
 from llamaq.evaluate.scores import share_won_back
 from llamaq.pipeline import Run, say
 from llamaq.quant.prepare import merge_adapters
-from llamaq.recipes.export_executorch import final_model, trained_model
+from llamaq.recipes.export_executorch import final_model, parts_of, trained_model
 from llamaq.recipes.qat import qat
 from llamaq.recipes.qat_lora import qat_lora
 from llamaq.runner import main
@@ -180,6 +180,8 @@ def recipe(run: Run) -> None:
 
 def evaluate_and_report_chain(run: Run) -> Path:
     """Scores, measurements and report of the training chain; returns the report's folder."""
+    trained = [run.path(p) for p in parts_of(run.config.export.stage)]
+    run.need("export", made_from=[run.need("convert", made_from=trained)])
     evaluate(run)
     return write_report(run, measure(run, chain_models(run)))
 

@@ -37,12 +37,16 @@ from llamaq.train.model import CausalLM, build_model
 from llamaq.train.stages import tokenizer_of, weights_of
 
 
+def parts_of(stage: str) -> list[str]:
+    """The stages that hold the weights of the model after `stage`."""
+    return ["qat", "qat_lora"] if stage == "qat_lora" else [stage]  # DPO trains both, and keeps both
+
+
 def trained_model(run: Run, stage: str, frozen: bool = False) -> CausalLM:
     """The model after qat, qat_lora or qat_dpo, float32 on the CPU, latent (fake-quantized) or frozen."""
     c = run.config
     adapters = None if stage == "qat" else (c.adapters.rank, c.adapters.alpha)
-    parts = ("qat", "qat_lora") if stage == "qat_lora" else (stage,)  # DPO trains both, and keeps both
-    weights = weights_of(*(run.path(p) for p in parts))
+    weights = weights_of(*(run.path(p) for p in parts_of(stage)))
     return build_model(c.model, weights, run.scheme, adapters, frozen=frozen).eval()
 
 
@@ -55,8 +59,7 @@ def final_model(run: Run, frozen: bool = False) -> CausalLM:
 def convert(run: Run) -> Path:
     """Integer codes and scales, bf16 adapters, params.json and the tokenizer; checked by reading the files back."""
     c = run.config
-    parts = ["qat", "qat_lora"] if c.export.stage == "qat_lora" else [c.export.stage]
-    trained = [run.need(p) for p in parts]
+    trained = [run.need(p) for p in parts_of(c.export.stage)]
 
     def build(folder: Path) -> dict[str, Any]:
         latent, tokens = final_model(run), torch.tensor([gate_tokens(run)])

@@ -391,7 +391,7 @@ def evaluate(run: Run) -> Path:
 
 def evaluate_and_report(run: Run) -> Path:
     """Scores, measurements and report; returns the report's folder."""
-    run.need(SHIPPED)
+    run.need("export", made_from=[run.need(SHIPPED)])
     evaluate(run)
     return write_report(run, measure(run, models_of(run)))
 

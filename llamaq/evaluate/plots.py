@@ -1,18 +1,21 @@
 """The report's pictures. Colours are Okabe and Ito's, told apart by colour-blind readers; every axis has a unit."""
 
+from collections import Counter
 from pathlib import Path
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 
 
-def _axes(width: float, height: float, columns: int = 1, rows: int = 1):
+def _axes(width: float, height: float, columns: int = 1, rows: int = 1, heights: list[int] | None = None):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 150})
-    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    return plt.subplots(
+        rows, columns, figsize=(width, height), height_ratios=heights, squeeze=False, layout="constrained"
+    )
 
 
 def _save(figure, path: Path) -> None:
@@ -115,6 +118,7 @@ def agreement(path: Path, kl: dict[str, float], top1: dict[str, float], referenc
         ax.invert_yaxis()
         ax.set_title(title, fontsize=10)
         ax.margins(x=0.18)
+        ax.locator_params(axis="x", nbins=5)
     axes[0][1].set_yticklabels([])
     _save(figure, path)
 
@@ -180,21 +184,28 @@ def sensitivity(path: Path, alone: dict[str, float], saved: dict[str, float], li
     _save(figure, path)
 
 
-def tasks(path: Path, values: dict[str, dict[str, tuple[float, float]]]) -> None:
-    """Task and metric → model → value and standard error; one group of bars a task, a colour of its own a model."""
+def tasks(path: Path, values: dict[tuple[str, str], dict[str, tuple[float, float]]]) -> None:
+    """(task, metric) → model → value and standard error; a panel a metric, as each has its own unit; a colour a model.
+
+    Panels are as high as they have tasks.
+    """
     import matplotlib
 
     models = list(dict.fromkeys(m for row in values.values() for m in row))
-    figure, axes = _axes(7, 0.22 * len(models) * len(values) + 1.4)
-    ax, height = axes[0][0], 0.8 / len(models)
-    colors = matplotlib.colormaps["viridis"]
-    for i, model in enumerate(models):
-        rows = [(at, *row[model]) for at, row in enumerate(values.values()) if model in row]
-        color = colors(i / max(1, len(models) - 1))
-        ax.barh([at + (i + 0.5) * height - 0.4 for at, _, _ in rows], [v for _, v, _ in rows], height,
-                xerr=[e for _, _, e in rows], color=color, label=model, error_kw={"linewidth": 1})  # fmt: skip
-    ax.set_yticks(range(len(values)), list(values))
-    ax.invert_yaxis()
-    ax.set(xlabel="score (lines: one standard error)", xlim=(0, None))
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    height, colors = 0.8 / len(models), matplotlib.colormaps["viridis"]
+    metrics = Counter(metric for _, metric in values)
+    high = 0.2 * len(models) * len(values) + 0.6 * len(metrics)
+    figure, axes = _axes(7, high, rows=len(metrics), heights=list(metrics.values()))
+    for (ax,), metric in zip(axes, metrics, strict=True):
+        panel = {task: row for (task, m), row in values.items() if m == metric}
+        for i, model in enumerate(models):
+            rows = [(at, *row[model]) for at, row in enumerate(panel.values()) if model in row]
+            ax.barh([at + (i + 0.5) * height - 0.4 for at, _, _ in rows], [v for _, v, _ in rows], height,
+                    xerr=[e for _, _, e in rows], color=colors(i / max(1, len(models) - 1)), label=model,
+                    error_kw={"linewidth": 1})  # fmt: skip
+        ax.set_yticks(range(len(panel)), list(panel))
+        ax.invert_yaxis()
+        ax.set(xlabel=metric, xlim=(0, None))
+    axes[-1][0].set_xlabel(f"{list(metrics)[-1]} (lines: one standard error)")
+    axes[0][0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)

@@ -76,12 +76,12 @@ def draw_measured(folder: Path, measured: dict[str, Any]) -> None:
     if s := measured.get("sensitivity"):
         saved = {unit: s["whole"] - kl for unit, kl in s["left_out"].items()}
         plots.sensitivity(folder / "sensitivity.png", s["alone"], saved, LINEARS)
-    values: dict[str, dict[str, tuple[float, float]]] = {}
+    values: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
     for stage, result in measured.items():
         if stage.startswith("tasks_"):
             for task, r in result["results"].items():
                 for metric, m in r["metrics"].items():
-                    row = values.setdefault(f"{task}, {metric}", {})
+                    row = values.setdefault((task, metric), {})
                     row[report.model_title(stage.removeprefix("tasks_"))] = (m["value"], m.get("stderr") or 0.0)
     if values:
         plots.tasks(folder / "tasks.png", values)

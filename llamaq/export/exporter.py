@@ -154,7 +154,8 @@ def eager_cached_logits(checkpoint: Path, contexts: list[list[int]], options: Pt
         rows = [model(torch.tensor([[t]]), {"input_pos": torch.tensor([i])}) for i, t in enumerate(tokens)]
         return torch.cat([r.reshape(1, -1) for r in rows])
 
-    return [logits(tokens) for tokens in contexts]
+    with quiet():  # the model warns, and the cache's operators write a line a layer, at every token
+        return [logits(tokens) for tokens in contexts]
 
 
 def check_keys(checkpoint: Path, model: nn.Module) -> None:

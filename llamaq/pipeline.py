@@ -449,7 +449,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _what_changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings or inputs that differ, by their dotted names."""
+    """The settings or inputs that differ, by their dotted names; of many, the first."""
 
     def walk(a: Any, b: Any, path: str) -> Iterator[str]:
         if isinstance(a, dict) and isinstance(b, dict):
@@ -458,4 +458,6 @@ def _what_changed(before: dict[str, Any], now: dict[str, Any]) -> str:
         elif a != b:
             yield path.removeprefix("settings.")
 
-    return ", ".join(walk(before, now, "")) or "something"
+    names = list(walk(before, now, ""))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) or "something") + more

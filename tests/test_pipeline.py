@@ -72,6 +72,30 @@ def test_an_input_that_comes_out_the_same_does_not_run_what_depends_on_it(run):
     again.close()
 
 
+def test_a_stage_made_from_something_else_is_not_taken_for_the_present_one(run, tmp_path):
+    def chain(text: str):
+        a, other = run.stage("a", write(text), {"text": text}), run.stage("other", write("other"))
+        (tmp_path / "file").write_text("not a stage of this run")
+        return a, other, run.stage("b", write("b"), {}, [a, tmp_path / "file"])
+
+    a, other, b = chain("one")
+    assert run.need("b", made_from=[a]) == b
+    with pytest.raises(UserError, match=r"b was not made from other as now in .*, but from a; run `tune run export"):
+        run.need("b", made_from=[other])
+    with pytest.raises(UserError, match="not made from a, other as now"):
+        run.need("b", made_from=[a, other])
+    run.stage("a", write("two"), {"text": "two"})
+    with pytest.raises(UserError, match=r"not made from a as now in .*, but from a of before"):
+        run.need("b", made_from=[a])
+    assert run.need("b") == b
+
+
+def test_of_many_changes_the_first_are_named(run, capsys):
+    run.stage("a", write("a"), {k: 1 for k in "abcdefg"})
+    run.stage("a", write("a"), {k: 2 for k in "abcdefg"})
+    assert "a: a, b, c, d, e and 2 more changed; running it again" in capsys.readouterr().out
+
+
 def test_settings_that_change_speed_only_are_no_reason_to_run_again():
     a, b = (
         TrainingConfig(dataset={}, batch_size=1),

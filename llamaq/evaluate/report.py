@@ -131,7 +131,8 @@ def tasks_table(results: dict[str, dict[str, Any]]) -> str:
             for metric, m in r["metrics"].items():
                 error = f" ± {m['stderr']:.3f}" if m.get("stderr") else ""
                 shots = f"{r['num_fewshot']}-shot, " if r.get("num_fewshot") is not None else ""
-                rows.setdefault((f"{task} ({shots}{r['samples']})", metric), {})[model] = f"{m['value']:.4f}{error}"
+                value = f"{m['value']:.4f}" if m["value"] < 1e4 else f"{m['value']:.4g}"
+                rows.setdefault((f"{task} ({shots}{r['samples']})", metric), {})[model] = value + error
     body = [[task, metric, *(cells.get(m, "") for m in results)] for (task, metric), cells in rows.items()]
     return table(["task (samples)", "metric", *(model_title(m) for m in results)], body)
 

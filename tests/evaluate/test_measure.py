@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -139,3 +140,13 @@ def test_what_cannot_be_measured_is_said_before_anything_is_trained(tmp_path):
             check(c, *chain_names(c))
     only_backbone = small(tmp_path, "export.stage=qat", "evaluate.control=false")
     assert chain_names(only_backbone) == (["bf16", "ptq", "qat"], "qat")
+
+
+@pytest.mark.slow
+def test_a_file_of_another_stage_is_not_measured_as_what_ships(chain, tmp_path):
+    shutil.copytree(chain, tmp_path / "run")
+    run(tmp_path / "run", "export_executorch", "export.stage=qat")
+    command = [TUNE, "run", "evaluate", "--config", "tiny", *COMMON, f"output_dir={tmp_path}/run"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert "convert was not made from qat_dpo as now" in done.stderr and "but from qat; run `tune run" in done.stderr

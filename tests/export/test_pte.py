@@ -59,7 +59,7 @@ def held(pte: Pte, expected: list[torch.Tensor], contexts: list[list[int]]) -> d
     ],
     ids=["qat", "spinquant", "static", "full_logits", "int8_cache"],
 )
-def test_variants_and_options_compute_what_was_trained(tmp_path, kind, options):
+def test_variants_and_options_compute_what_was_trained(tmp_path, kind, options, capfd):
     model = saved_variant(tmp_path / "model", kind)
     pte = Pte(export(tmp_path, options))
     assert check_constants(tmp_path / "model", pte.path) == len(
@@ -71,6 +71,7 @@ def test_variants_and_options_compute_what_was_trained(tmp_path, kind, options):
         with_float_cache, expected = expected, eager_cached_logits(tmp_path / "model", contexts, options)
         cost = agreement(torch.cat(with_float_cache), torch.cat(expected))
         assert 1e-4 < cost["relative_error"] < 0.1  # the cache is quantized, and only it
+        assert "No temp allocator" not in capfd.readouterr().err
     result = held(pte, expected, contexts)
     assert result["token_error"] <= 1e-4 and result["top1"] == 1
     assert pte.metadata("get_bos_id") == 1 and pte.metadata("get_eos_ids") == [2]

@@ -327,7 +327,8 @@ class Run:
             raise UserError(
                 f"{self.path(manifest['stage'])} was not made from {', '.join(now)} as now in {self.folder}, but from "
                 f"{', '.join(then)}{' of before' if then.keys() == now.keys() else ''}; "
-                "run `tune run export_executorch` with these settings, or give the ones it was made with"
+                "run `tune run export_executorch` (of a SpinQuant run: `tune run spinquant`) with these settings, or "
+                "give the ones it was made with"
             )
 
     def stage(

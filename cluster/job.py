@@ -16,8 +16,8 @@ from llamaq import torchao_compat  # noqa: F401
 from llamaq.cluster.options import Options, add_options, options_of, split_settings
 from llamaq.config import Config, load
 from llamaq.errors import UserError
-from llamaq.pipeline import LAUNCHER
-from llamaq.runner import PATIENCE, backend
+from llamaq.runs.main import PATIENCE, backend
+from llamaq.runs.run import LAUNCHER
 
 # Of the errors that workers raise, those that come back however often one tries: wrong settings or data (UserError is
 # a ValueError) and bugs. Lost peers, disks and networks make RuntimeErrors, OSErrors and Ray's own.

@@ -16,8 +16,8 @@ import ray.train
 
 from llamaq.config import Config
 from llamaq.errors import UserError
-from llamaq.pipeline import CHECKPOINTS, Hooks, Run, rank, write_json
-from llamaq.workers import check_workers
+from llamaq.runs.run import CHECKPOINTS, Hooks, Run, rank, write_json
+from llamaq.runs.workers import check_workers
 
 LOCK_SECONDS = 120.0  # a network file system frees a lock only when it has noticed that its holder is gone
 POLL_SECONDS = 5.0  # how often Ray itself looks for nodes about to be taken away

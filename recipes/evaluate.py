@@ -9,7 +9,7 @@
     sensitivity        what quantizing each linear costs
     tasks_NAME         lm-evaluation-harness, on models and on .pte files
     speed              size, speed and memory of the .pte files on this machine
-    report             report.md, plots, report.json, and README.md, the model card
+    page             page.md, plots, page.json, and README.md, the model card
 
 NAME is bf16 (what the run starts from), ptq (that, rounded to nearest), control and ptq_control (trained alike without
 quantization), qat, qat_lora, final, spinquant. Stages that are up to date are kept, so asking for more costs only that.
@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from llamaq.config import Config
-from llamaq.evaluate import plots, report
-from llamaq.evaluate.measure import Candidate, Models, check, measure, score_all, score_metrics, score_stage
-from llamaq.evaluate.publish import data_line, measured_facts, report_stage
 from llamaq.evaluate.scores import share_won_back
-from llamaq.pipeline import Run, say
+from llamaq.evaluate.stages import Candidate, Models, check, measure, score_all, score_metrics, score_stage
+from llamaq.model.causal_lm import CausalLM, build_model
 from llamaq.quant.prepare import merge_adapters
 from llamaq.recipes.export_executorch import final_model, parts_of, trained_model
 from llamaq.recipes.qat import qat
 from llamaq.recipes.qat_lora import qat_lora
-from llamaq.runner import main
-from llamaq.train.model import CausalLM, build_model
-from llamaq.train.stages import loss_curve, start_inputs, start_weights, weights_of
+from llamaq.report import page, plots
+from llamaq.report.publish import data_line, measured_facts, report_stage
+from llamaq.runs.main import main
+from llamaq.runs.run import Run, say
+from llamaq.train.sft import loss_curve, start_inputs, start_weights, weights_of
 
 
 def chain_names(c: Config) -> tuple[list[str], str]:
@@ -96,15 +96,15 @@ def write_report(run: Run, measured: list[str]) -> Path:
     stages = [*shipped, "convert", "export", "evaluate", *(m for m in measured if m != "export")]
 
     def render(folder: Path, facts: dict[str, Any]) -> str:
-        names = {report.MODELS[k]: s for k, s in facts["scores"].items()}
+        names = {page.MODELS[k]: s for k, s in facts["scores"].items()}
         baseline = "control" if "control" in facts["scores"] else "bf16"
         plots.losses(folder / "losses.png", curves(run))
-        plots.quality(folder / "quality.png", {n: s["nll"] for n, s in names.items()}, report.MODELS[baseline])
+        plots.quality(folder / "quality.png", {n: s["nll"] for n, s in names.items()}, page.MODELS[baseline])
         plots.agreement(
             folder / "agreement.png", {n: s[f"kl/{baseline}"] for n, s in names.items()},
-            {n: s[f"top1/{baseline}"] for n, s in names.items()}, report.MODELS[baseline],
+            {n: s[f"top1/{baseline}"] for n, s in names.items()}, page.MODELS[baseline],
         )  # fmt: skip
-        return report.render(facts)
+        return page.render(facts)
 
     return report_stage(run, stages, lambda: gather(run, list(shipped), measured), render, chain_card(c))
 
@@ -179,7 +179,7 @@ def recipe(run: Run) -> None:
 
 
 def evaluate_and_report_chain(run: Run) -> Path:
-    """Scores, measurements and report of the training chain; returns the report's folder."""
+    """Scores, measurements and page of the training chain; returns the report's folder."""
     trained = [run.path(p) for p in parts_of(run.config.export.stage)]
     run.need("export", made_from=[run.need("convert", made_from=trained)])
     evaluate(run)

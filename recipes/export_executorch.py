@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from llamaq.checkpoints.quantized import BACKBONE, backbone_hash, load_quantized, save_peft, save_quantized
 from llamaq.evaluate.scores import agreement
 from llamaq.export.exporter import load_eager
-from llamaq.export.handover import (
+from llamaq.export.gates import (
     GATE_CONTEXT,
     check_gate,
     check_method,
@@ -29,12 +30,11 @@ from llamaq.export.handover import (
     gate_tokens,
     with_adapters,
 )
-from llamaq.export.meta import BACKBONE, backbone_hash, load_quantized, save_peft, save_quantized
 from llamaq.export.pte import Pte
-from llamaq.pipeline import Run, on_rank_zero, say, write_json
-from llamaq.runner import main
-from llamaq.train.model import CausalLM, build_model
-from llamaq.train.stages import tokenizer_of, weights_of
+from llamaq.model.causal_lm import CausalLM, build_model
+from llamaq.runs.main import main
+from llamaq.runs.run import Run, on_rank_zero, say, write_json
+from llamaq.train.sft import tokenizer_of, weights_of
 
 
 def parts_of(stage: str) -> list[str]:

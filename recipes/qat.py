@@ -11,13 +11,13 @@ says how (`corpus`, `base`).
 from pathlib import Path
 from typing import Any
 
-from llamaq.export.meta import model_params, save_float
-from llamaq.pipeline import Run, rank, say
-from llamaq.runner import main
-from llamaq.train.corpus import write_corpus
-from llamaq.train.model import build_model, meta_decoder
-from llamaq.train.preflight import preflight
-from llamaq.train.stages import identity, save_weights, sft, start_inputs, start_weights
+from llamaq.checkpoints.quantized import model_params, save_float
+from llamaq.data.corpus import write_corpus
+from llamaq.model.causal_lm import build_model, meta_decoder
+from llamaq.plan.preflight import preflight
+from llamaq.runs.main import main
+from llamaq.runs.run import Run, rank, say
+from llamaq.train.sft import identity, save_weights, sft, start_inputs, start_weights
 
 
 def start(run: Run) -> None:

@@ -15,15 +15,22 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from llamaq.config import DPOConfig
-from llamaq.pipeline import Run, rank, say, world_size
-from llamaq.runner import main
-from llamaq.tracking import progress
-from llamaq.train.checkpoint import save_tensors
-from llamaq.train.data import SampleOrder, build_dataset, collate_pairs, micro_batch_size, micro_batches, usable_pairs
+from llamaq.data.datasets import (
+    SampleOrder,
+    build_dataset,
+    collate_pairs,
+    micro_batch_size,
+    micro_batches,
+    usable_pairs,
+)
+from llamaq.model.causal_lm import CausalLM, build_model, instantiate, pick_device
+from llamaq.runs.main import main
+from llamaq.runs.run import Run, rank, say, world_size
+from llamaq.runs.tracking import progress
 from llamaq.train.loop import train
-from llamaq.train.model import CausalLM, build_model, instantiate, pick_device
 from llamaq.train.objectives import DPO, answer_logprobs
-from llamaq.train.stages import identity, save_weights, tokenizer_of, weights_of
+from llamaq.train.resume import save_tensors
+from llamaq.train.sft import identity, save_weights, tokenizer_of, weights_of
 
 
 def reference(run: Run) -> Path:

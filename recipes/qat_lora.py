@@ -10,10 +10,10 @@ stage 1's weights. The adapters sit on all seven linears of every block, are use
 from pathlib import Path
 from typing import Any
 
-from llamaq.pipeline import Run, say
-from llamaq.runner import main
-from llamaq.train.model import build_model
-from llamaq.train.stages import identity, save_weights, sft, weights_of
+from llamaq.model.causal_lm import build_model
+from llamaq.runs.main import main
+from llamaq.runs.run import Run, say
+from llamaq.train.sft import identity, save_weights, sft, weights_of
 
 
 def qat_lora(run: Run, control: bool = False) -> Path:

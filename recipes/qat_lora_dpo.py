@@ -17,13 +17,13 @@ Run it again to resume: finished stages are checked and kept, an interrupted one
 a changed setting runs again only what depends on it.
 """
 
-from llamaq.pipeline import Run, say
 from llamaq.recipes.evaluate import chain_names, check, evaluate_and_report_chain
 from llamaq.recipes.export_executorch import convert, export
 from llamaq.recipes.qat import qat, start
 from llamaq.recipes.qat_dpo import qat_dpo
 from llamaq.recipes.qat_lora import qat_lora
-from llamaq.runner import main
+from llamaq.runs.main import main
+from llamaq.runs.run import Run, say
 
 
 def recipe(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""SpinQuant: a BF16 checkpoint and a text to calibrate on in, a quantized .pte and a report out; nothing is trained.
+"""SpinQuant: a BF16 checkpoint and a text to calibrate on in, a quantized .pte and a page out; nothing is trained.
 
     tune run spinquant --config tiny_spinquant                                 minutes, nothing to download
     tune run spinquant --config llama3_2/1B_spinquant checkpoint_dir=/path/to/Llama-3.2-1B-Instruct
@@ -8,7 +8,7 @@
     candidate_…             not rotated, R4, R2 + R4, R1 + R2 + R4: learned, merged, rounded, judged on text not seen
     spinquant               the best of them, Meta layout; loads in ExecuTorch with `--use_spin_quant native`
     export                  the .pte; each hand-over measured and gated
-    evaluate, report        held-out text; report/report.md
+    evaluate, page        held-out text; report/report.md
 
 Run it again to resume. One process on one GPU, or a CPU; the samples are the same on either.
 """
@@ -25,39 +25,32 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llamaq.checkpoints.base import StateDict
+from llamaq.checkpoints.quantized import load_quantized, save_quantized
 from llamaq.config import Config
+from llamaq.data.datasets import build_dataset
 from llamaq.errors import UserError
-from llamaq.evaluate import plots, report
-from llamaq.evaluate.measure import Candidate, Models, check, measure, score_all, score_metrics, score_stage
-from llamaq.evaluate.publish import data_line, measured_facts, report_stage
 from llamaq.evaluate.scores import agreement, share_of_kl
+from llamaq.evaluate.stages import Candidate, Models, check, measure, score_all, score_metrics, score_stage
 from llamaq.export.exporter import load_eager
-from llamaq.export.handover import check_gate, copy_tokenizer, gate_settings, gate_tokens
-from llamaq.export.meta import load_quantized, save_quantized
-from llamaq.pipeline import Run, from_rank_zero, on_rank_zero, say
+from llamaq.export.gates import check_gate, copy_tokenizer, gate_settings, gate_tokens
+from llamaq.model.causal_lm import CausalLM, build_decoder, build_model, meta_decoder, pick_device
 from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
 from llamaq.recipes.export_executorch import export
 from llamaq.recipes.qat import start
-from llamaq.runner import main
-from llamaq.spinquant.learn import (
-    EndToEnd,
-    ExpectedNoise,
-    Learned,
-    learn_as_published,
-    learn_by_noise,
-    refine,
-)
+from llamaq.report import page, plots
+from llamaq.report.publish import data_line, measured_facts, report_stage
+from llamaq.runs.main import main
+from llamaq.runs.run import Run, from_rank_zero, on_rank_zero, say
+from llamaq.runs.tracking import Tracker, progress
+from llamaq.spinquant.calibrate import Statistics, collect, from_tensors, to_tensors
+from llamaq.spinquant.expected_noise import EndToEnd, ExpectedNoise, Learned, learn_as_published, learn_by_noise, refine
+from llamaq.spinquant.gptq import Rounding, round_layers
 from llamaq.spinquant.polish import polish
 from llamaq.spinquant.rotations import Rotations, Shape, attach_online, fuse_norms, rotate
-from llamaq.spinquant.rounding import Rounding, round_layers
-from llamaq.spinquant.statistics import Statistics, collect, from_tensors, to_tensors
-from llamaq.tracking import Tracker, progress
-from llamaq.train.checkpoint import save_tensors
-from llamaq.train.data import build_dataset
-from llamaq.train.inputs import StateDict
-from llamaq.train.model import CausalLM, build_decoder, build_model, meta_decoder, pick_device
-from llamaq.train.stages import start_inputs, start_weights, tokenizer_of
+from llamaq.train.resume import save_tensors
+from llamaq.train.sft import start_inputs, start_weights, tokenizer_of
 
 OUTLIER_ROWS = 1024  # rows of a matrix that the report's picture of outliers looks at
 
@@ -358,7 +351,7 @@ def select(run: Run) -> Path:
     return run.stage("spinquant", on_rank_zero(build), settings, list(candidates.values()))
 
 
-# --- evaluation and report -------------------------------------------------------------------------------------------
+# --- evaluation and page -------------------------------------------------------------------------------------------
 
 
 SHIPPED = "spinquant"
@@ -390,7 +383,7 @@ def evaluate(run: Run) -> Path:
 
 
 def evaluate_and_report(run: Run) -> Path:
-    """Scores, measurements and report; returns the report's folder."""
+    """Scores, measurements and page; returns the report's folder."""
     run.need("export", made_from=[run.need(SHIPPED)])
     evaluate(run)
     return write_report(run, measure(run, models_of(run)))
@@ -404,8 +397,8 @@ def write_report(run: Run, measured: list[str]) -> Path:
 
     def render(folder: Path, facts: dict[str, Any]) -> str:
         chosen, candidates = facts["chosen"], facts["candidates"]
-        scores = {report.MODELS[k]: s for k, s in facts["scores"].items()}
-        bf16 = report.MODELS["bf16"]
+        scores = {page.MODELS[k]: s for k, s in facts["scores"].items()}
+        bf16 = page.MODELS["bf16"]
         plots.quality(folder / "quality.png", {n: s["nll"] for n, s in scores.items()}, bf16)
         plots.agreement(
             folder / "agreement.png", {n: s["kl/bf16"] for n, s in scores.items()},
@@ -415,7 +408,7 @@ def write_report(run: Run, measured: list[str]) -> Path:
         plots.selection(folder / "selection.png", kl, chosen)
         plots.outliers(folder / "outliers.png", *(candidates[chosen]["outliers"][k] for k in ("before", "after")))
         plots.layer_errors(folder / "layer_errors.png", layer_errors(candidates, chosen))
-        return report.render_spinquant(facts)
+        return page.render_spinquant(facts)
 
     return report_stage(run, stages, lambda: gather(run, names, measured), render, card_of(run))
 

@@ -9,12 +9,12 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from llamaq import torchao_compat  # noqa: F401
+from llamaq.checkpoints.quantized import save_quantized
 from llamaq.config import Config, load
-from llamaq.export.meta import save_quantized
+from llamaq.model.causal_lm import CausalLM, build_decoder, build_model, meta_decoder
 from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
 from llamaq.spinquant.rotations import Rotations, Shape, attach_online, rotate
-from llamaq.train.model import CausalLM, build_decoder, build_model, meta_decoder
 
 MODEL = {
     "_component_": "torchtune.models.llama3_2.llama3_2", "vocab_size": 768, "num_layers": 2, "num_heads": 4,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import SMALL
 
+from llamaq.data.corpus import write_jsonl
 from llamaq.recipes.qat import recipe
-from llamaq.runner import main
-from llamaq.train.corpus import write_jsonl
+from llamaq.runs.main import main
 
 
 def outcome(monkeypatch, capsys, *arguments: str) -> tuple[int, list[str]]:

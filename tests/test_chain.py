@@ -13,8 +13,8 @@ import torch
 from conftest import SMALL
 
 from llamaq.export.pte import Pte, check_constants
-from llamaq.pipeline import read_manifest
-from llamaq.tracking import read_metrics
+from llamaq.runs.run import read_manifest
+from llamaq.runs.tracking import read_metrics
 
 pytestmark = pytest.mark.slow
 TUNE = Path(sys.executable).parent / "tune"

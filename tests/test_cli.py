@@ -101,7 +101,7 @@ log_peak_memory_stats: False
 
 def test_a_stock_torchtune_recipe_runs(tmp_path):
     """Torchtune 0.6.1's own full fine-tuning on torchao 0.18, through our `tune`."""
-    from llamaq.train.corpus import tiny_chat
+    from llamaq.data.corpus import tiny_chat
 
     tiny_chat(tmp_path, num_train=40, num_pairs=2, num_heldout=2, num_people=60, vocab_size=640)
     (tmp_path / "start").mkdir()

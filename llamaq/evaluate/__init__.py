@@ -1,1 +1,1 @@
-"""What every step of the chain costs or wins, measured on held-out text and on the exported file."""
+"""Evaluation: scores on held-out text, sensitivity of each linear, lm-evaluation-harness, and exported files."""

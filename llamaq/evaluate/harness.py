@@ -22,8 +22,8 @@ from torch import Tensor
 
 from llamaq.errors import UserError
 from llamaq.export.pte import Pte
-from llamaq.tracking import progress
-from llamaq.train.model import HEAD_CHUNK_TOKENS, CausalLM
+from llamaq.model.causal_lm import HEAD_CHUNK_TOKENS, CausalLM
+from llamaq.runs.tracking import progress
 
 Pair = tuple[list[int], list[int]]  # context, continuation; neither is empty
 MAX_NEW_TOKENS = 256  # where a task does not say

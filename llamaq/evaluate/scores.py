@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamaq.tracking import progress
-from llamaq.train.data import IGNORE, Batch
-from llamaq.train.model import HEAD_CHUNK_TOKENS, CausalLM
+from llamaq.data.datasets import IGNORE, Batch
+from llamaq.model.causal_lm import HEAD_CHUNK_TOKENS, CausalLM
+from llamaq.runs.tracking import progress
 
 
 @dataclass

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamaq.tracking import progress
-from llamaq.train.model import HEAD_CHUNK_TOKENS, CausalLM
+from llamaq.model.causal_lm import HEAD_CHUNK_TOKENS, CausalLM
+from llamaq.runs.tracking import progress
 
 ENDS = "embedding and head"  # one matrix, so one unit
 LINEARS = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "mlp.w1", "mlp.w3", "mlp.w2")

@@ -1,1 +1,1 @@
-"""From the trained model to the file on the phone: Meta's checkpoint layout, the .pte, and running it."""
+"""The .pte: ExecuTorch's exporter, the gates the file must pass, running it, and measuring its speed."""

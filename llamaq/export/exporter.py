@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamaq.checkpoints.quantized import feed_forward_width, rotation_block
 from llamaq.errors import UserError
-from llamaq.export.meta import feed_forward_width, rotation_block
-from llamaq.noise import without_native_noise
+from llamaq.quiet import without_native_noise
 
 # buffers of ExecuTorch's model that no checkpoint holds: zero points are 0, caches and tables are made at load
 _NOT_IN_CHECKPOINT = (".zeros", "kv_cache.k_cache", "kv_cache.v_cache", "mask", "freqs_cos", "freqs_sin")
@@ -176,7 +176,7 @@ def export_pte(
     options: PteOptions = PteOptions(),
     adapters: dict[str, Path] | None = None,
 ) -> None:  # fmt: skip
-    """Export `checkpoint` (a folder of `llamaq.export.meta`, quantized or not) to the file `output`.
+    """Export `checkpoint` (a folder of `llamaq.checkpoints.quantized`, quantized or not) to the file `output`.
 
     Args:
         checkpoint: what the method `forward` computes.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llamaq.errors import UserError
 from llamaq.export.exporter import quiet
-from llamaq.noise import without_native_noise
+from llamaq.quiet import without_native_noise
 
 
 class Pte:

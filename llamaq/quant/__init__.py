@@ -1,1 +1,1 @@
-"""The numerics: what a number becomes on the phone, and the modules that train as if they were there already."""
+"""The numerics: the scheme, the modules that train under it, and how a model is prepared and frozen."""

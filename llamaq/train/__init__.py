@@ -1,3 +1,3 @@
-"""Building, feeding and training the model with torchtune's parts."""
+"""Training: objectives, the one loop, the two engines, and the state that a stage resumes from."""
 
 from llamaq import torchao_compat  # noqa: F401  (torchtune does not import without it)

@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llamaq.config import Config, TrainingConfig, deepspeed_settings
+from llamaq.data.datasets import micro_batch_size, num_micro_batches
 from llamaq.errors import UserError
-from llamaq.pipeline import rank, world_size
-from llamaq.train.checkpoint import Checkpoint, Pieces
-from llamaq.train.data import micro_batch_size, num_micro_batches
-from llamaq.train.model import CausalLM, instantiate, ready_to_train
+from llamaq.model.causal_lm import CausalLM, instantiate, ready_to_train
+from llamaq.runs.run import rank, world_size
+from llamaq.train.resume import Checkpoint, Pieces
 
 _WRAPPER = "_checkpoint_wrapped_module."
 ELEMENTWISE = ("AdamW", "Adam", "SGD", "NAdam", "RAdam", "Adamax", "RMSprop", "ASGD", "Rprop")

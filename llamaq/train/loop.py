@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llamaq.config import TrainingConfig
+from llamaq.data.datasets import Batch, SampleOrder, check_ranks, micro_batch_size, micro_batches, num_micro_batches
 from llamaq.errors import UserError
-from llamaq.pipeline import CHECKPOINTS, METRICS, Run, rank, say, world_size
-from llamaq.tracking import Tracker, progress, read_metrics
-from llamaq.train import checkpoint
-from llamaq.train.data import Batch, SampleOrder, check_ranks, micro_batch_size, micro_batches, num_micro_batches
+from llamaq.model.causal_lm import CausalLM, pick_device
+from llamaq.runs.run import CHECKPOINTS, METRICS, Run, rank, say, world_size
+from llamaq.runs.tracking import Tracker, progress, read_metrics
+from llamaq.train import resume
 from llamaq.train.engine import Engine, load_weights, make_engine
-from llamaq.train.model import CausalLM, pick_device
 
 
 class Objective(Protocol):
@@ -45,7 +45,7 @@ def train(
     training: TrainingConfig,
     samples: Sequence[Any],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Train `model` on `samples`, from the newest checkpoint in `folder` if there is one. The model is used up.
+    """Train `model` on `samples`, from the newest resume in `folder` if there is one. The model is used up.
 
     Returns:
         Metrics for the manifest (rank 0): steps, samples, and the first and last rows of metrics.jsonl; and the
@@ -58,7 +58,7 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(c.seed)
-    found = checkpoint.newest(folder / CHECKPOINTS)
+    found = resume.newest(folder / CHECKPOINTS)
     if found is not None:
         load_weights(model, found)
     engine = make_engine(model, training, stage, steps, c, device)
@@ -84,7 +84,7 @@ def train(
             ]  # fmt: skip
             metrics, warned = one_step(engine, objective, batches, passes, device, run.hooks.due())
             if step == done + 1:
-                engine.state()  # an optimizer that cannot be resumed is refused now, not at the first checkpoint
+                engine.state()  # an optimizer that cannot be resumed is refused now, not at the first resume
             seconds = time.perf_counter() - start
             metrics |= {
                 "tokens_per_second": metrics.pop("tokens_read") / seconds,
@@ -100,10 +100,10 @@ def train(
             last = metrics
             in_time = warned and run.hooks.preempted()
             if (in_time or step % training.checkpoint_every_n_steps == 0) and step < steps:
-                checkpoint.save(folder / CHECKPOINTS, step, *engine.state(), keep=training.keep_checkpoints)
+                resume.save(folder / CHECKPOINTS, step, *engine.state(), keep=training.keep_checkpoints)
                 run.hooks.checkpointed(stage, step, metrics)
                 if in_time:
-                    say(f"{stage}: checkpoint of step {step} written just in time")
+                    say(f"{stage}: resume of step {step} written just in time")
         tracker.summary({"final_loss": last.get("loss")})
     weights = {name.removeprefix("decoder."): w for name, w in engine.weights().items()}
     engine.close()

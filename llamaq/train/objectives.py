@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamaq.train.data import IGNORE, Batch, collate_pairs, collate_sft
-from llamaq.train.model import CausalLM
+from llamaq.data.datasets import IGNORE, Batch, collate_pairs, collate_sft
+from llamaq.model.causal_lm import CausalLM
 
 Sums = dict[str, Tensor]
 

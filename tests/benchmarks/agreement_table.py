@@ -15,20 +15,20 @@ from pathlib import Path
 import torch
 
 from llamaq import torchao_compat  # noqa: F401
+from llamaq.checkpoints.quantized import save_quantized
 from llamaq.config import load, parse_arguments
-from llamaq.evaluate.measure import numerics
-from llamaq.evaluate.report import table
+from llamaq.data.datasets import build_dataset
 from llamaq.evaluate.scores import agreement
+from llamaq.evaluate.stages import numerics
 from llamaq.export.exporter import PteOptions, eager_cached_logits, export_pte
-from llamaq.export.handover import eager_logits, windows_of
-from llamaq.export.meta import save_quantized
+from llamaq.export.gates import eager_logits, windows_of
 from llamaq.export.pte import Pte, check_constants
+from llamaq.model.causal_lm import CausalLM, build_decoder, build_model, meta_decoder
 from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
+from llamaq.report.page import table
 from llamaq.spinquant.rotations import Rotations, Shape, attach_online, rotate
-from llamaq.train.data import build_dataset
-from llamaq.train.model import CausalLM, build_decoder, build_model, meta_decoder
-from llamaq.train.stages import start_weights, tokenizer_of
+from llamaq.train.sft import start_weights, tokenizer_of
 
 TOKENS, CONTEXT = 256, 8
 CASES = [

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from llamaq import torchao_compat  # noqa: F401
+from llamaq.checkpoints.quantized import feed_forward_width, model_params, quantized_state_dict, save_pth
 from llamaq.config import load
 from llamaq.export.benchmark import benchmark, markdown
 from llamaq.export.exporter import PteOptions, export_pte
-from llamaq.export.meta import feed_forward_width, model_params, quantized_state_dict, save_pth
-from llamaq.pipeline import write_json
+from llamaq.model.causal_lm import meta_decoder
 from llamaq.quant.prepare import add_adapters, freeze, prepare
 from llamaq.quant.scheme import Scheme
-from llamaq.train.model import meta_decoder
+from llamaq.runs.run import write_json
 
 CONTEXT, CALL = 2048, 512  # tokens in the KV cache, and in one call: as in configs/llama3_2
 MODELS = ("bf16", "fp32", "ptq", "qat_lora", "spinquant", "q4_0")

@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 
 from llamaq import torchao_compat  # noqa: F401
+from llamaq.checkpoints.quantized import save_quantized
 from llamaq.config import load
 from llamaq.export.exporter import executorch_arguments, export_pte
-from llamaq.export.meta import save_quantized
+from llamaq.model.causal_lm import build_model
 from llamaq.quant.scheme import Scheme
-from llamaq.train.model import build_model
 
 LENGTHS = (128, 256)
 METADATA = {"get_bos_id": 1, "get_eos_ids": [2]}

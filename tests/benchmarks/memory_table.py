@@ -16,8 +16,8 @@ from pathlib import Path
 
 from llamaq import torchao_compat  # noqa: F401
 from llamaq.config import load
-from llamaq.evaluate.report import table
-from llamaq.train.memory import GIB, Need, memory_plan, plan_length
+from llamaq.plan.memory import GIB, Need, memory_plan, plan_length
+from llamaq.report.page import table
 
 TESTS = Path(__file__).parent.parent
 SHAPE = ["vocab_size=8192", "num_layers=6", "embed_dim=512", "intermediate_dim=2048", "num_heads=8", "num_kv_heads=2",
@@ -63,7 +63,7 @@ def probes() -> str:
             for recompute in ("false", "true"):
                 settings = [*model, f"dtype={dtype}", f"activation_checkpointing={recompute}"]
                 what = f"{kind}, {dtype}{', blocks recomputed' * (recompute == 'true')}"
-                row(what, probe(TESTS / "train/memory_probe.py", kind, "4", "512", *settings))
+                row(what, probe(TESTS / "plan/memory_probe.py", kind, "4", "512", *settings))
     for kind, more in (("qat_lora", []), ("qat", []), ("qat", ["export.quantize_kv_cache=true"])):
         with tempfile.TemporaryDirectory() as folder:
             settings = [*(f"model.{s}" for s in WIDE), "export.max_seq_length=512", "export.max_context_length=2048"]

@@ -25,7 +25,7 @@ import psutil
 sys.path[:0] = [str(Path(__file__).parent.parent / "cluster")]
 from ray_cluster import BIN, Cluster, Job, wait_for  # noqa: E402
 
-from llamaq.tracking import read_metrics  # noqa: E402
+from llamaq.runs.tracking import read_metrics  # noqa: E402
 
 HASTE = (
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",

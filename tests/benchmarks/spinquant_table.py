@@ -18,16 +18,16 @@ import torch
 
 from llamaq import torchao_compat  # noqa: F401
 from llamaq.config import load
+from llamaq.data.datasets import build_dataset
+from llamaq.model.causal_lm import CausalLM, build_decoder, build_model
 from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
 from llamaq.recipes.spinquant import bar, judge, windows
-from llamaq.spinquant.learn import EndToEnd, ExpectedNoise, learn_as_published, learn_by_noise
+from llamaq.spinquant.calibrate import collect
+from llamaq.spinquant.expected_noise import EndToEnd, ExpectedNoise, learn_as_published, learn_by_noise
+from llamaq.spinquant.gptq import Rounding, round_layers
 from llamaq.spinquant.rotations import Rotations, Shape, attach_online, fuse_norms, rotate
-from llamaq.spinquant.rounding import Rounding, round_layers
-from llamaq.spinquant.statistics import collect
-from llamaq.train.data import build_dataset
-from llamaq.train.model import CausalLM, build_decoder, build_model
-from llamaq.train.stages import start_weights, tokenizer_of
+from llamaq.train.sft import start_weights, tokenizer_of
 
 T_95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, by number of seeds
 

@@ -1,6 +1,6 @@
 """A recipe with a bug, which another try would meet again."""
 
-from llamaq.pipeline import Run
+from llamaq.runs.run import Run
 
 
 def recipe(run: Run) -> None:

@@ -3,8 +3,8 @@
 import os
 import time
 
-from llamaq.pipeline import Run
 from llamaq.recipes import qat
+from llamaq.runs.run import Run
 from llamaq.train import engine
 
 SECONDS = float(os.environ.get("STEP_SECONDS", "0.15"))

@@ -9,7 +9,7 @@ import pytest
 from conftest import SMALL
 from ray_cluster import BIN, Cluster, Job, wait_for
 
-from llamaq.tracking import read_metrics
+from llamaq.runs.tracking import read_metrics
 
 pytestmark = pytest.mark.cluster
 HERE = Path(__file__).parent

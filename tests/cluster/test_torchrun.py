@@ -8,7 +8,7 @@ import pytest
 from conftest import SMALL
 from ray_cluster import BIN, free_port
 
-from llamaq.tracking import read_metrics
+from llamaq.runs.tracking import read_metrics
 
 pytestmark = pytest.mark.cluster
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import MODEL, trained_like
 
+from llamaq.checkpoints.quantized import save_quantized
+from llamaq.data.corpus import tiny_chat
+from llamaq.data.datasets import build_tokenizer
 from llamaq.errors import UserError
 from llamaq.evaluate.harness import EagerReader, PteReader, check_tasks, harness_model, perplexity, run_tasks
 from llamaq.export.exporter import PteOptions, export_pte
-from llamaq.export.meta import save_quantized
 from llamaq.export.pte import Pte
 from llamaq.quant.scheme import Scheme
-from llamaq.train.corpus import tiny_chat
-from llamaq.train.data import build_tokenizer
 
 VOCAB = MODEL["vocab_size"]
 TEXT = "Anna lives in Rome. How many days has June? June has 30 days, and so has April. " * 4

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from conftest import trained_like
 
-from llamaq.evaluate import report
+from llamaq.data.datasets import collate_sft
 from llamaq.evaluate.scores import Scores, agreement, score, share_won_back
+from llamaq.model import causal_lm as model_module
 from llamaq.quant.scheme import Scheme
-from llamaq.train import model as model_module
-from llamaq.train.data import collate_sft
+from llamaq.report import page
 
 
 def make_samples() -> list[dict]:
@@ -64,9 +64,9 @@ def test_agreement_of_equal_and_of_scaled_logits():
 
 
 def test_tables():
-    text = report.quality_table(
+    text = page.quality_table(
         {"bf16": {"nll": 1.0, "perplexity": 2.718, "kl/bf16": 0.0, "top1/bf16": 1.0, "top5/bf16": 1.0}}
     )
     assert text.splitlines()[2] == "| BF16 start | 1.0000 | 2.718 | 0.00e+00 | 1.0000 | 1.0000 |"
     same = {"relative_error": 0.0, "token_error": 0.0, "sqnr_db": math.inf, "kl": 0.0, "top1": 1.0}
-    assert "∞" in report.hand_over_table({"converted": same})
+    assert "∞" in page.hand_over_table({"converted": same})

@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import MODEL, random_weights
 
-from llamaq.evaluate.measure import numerics
 from llamaq.evaluate.sensitivity import (
     ENDS,
     LINEARS,
@@ -16,8 +15,9 @@ from llamaq.evaluate.sensitivity import (
     sensitivity,
     units_of,
 )
+from llamaq.evaluate.stages import numerics
+from llamaq.model.causal_lm import build_model
 from llamaq.quant.scheme import Scheme
-from llamaq.train.model import build_model
 
 TOKENS = torch.randint(0, 768, (2, 24), generator=torch.Generator().manual_seed(1))
 

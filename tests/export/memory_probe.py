@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
+from llamaq.checkpoints.quantized import save_quantized
 from llamaq.config import Config, load
 from llamaq.export.benchmark import measure, memory
 from llamaq.export.exporter import export_pte
-from llamaq.export.handover import options_of
-from llamaq.export.meta import save_quantized
+from llamaq.export.gates import options_of
+from llamaq.model.causal_lm import build_model
+from llamaq.plan.memory import export_bytes, phone_bytes, shape_of
 from llamaq.quant.scheme import Scheme
-from llamaq.train.memory import export_bytes, phone_bytes, shape_of
-from llamaq.train.model import build_model
 
 
 def configured(folder: str, kind: str, settings: list[str]) -> Config:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import MODEL, saved_variant
 
+from llamaq.data.corpus import tiny_chat
 from llamaq.export import benchmark as bench
 from llamaq.export.exporter import PteOptions, export_pte
-from llamaq.train.corpus import tiny_chat
 
 RUNNER = Path(__file__).with_name("run_with_runner.py")
 

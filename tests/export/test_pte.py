@@ -10,15 +10,15 @@ import pytest
 import torch
 from conftest import ADAPTERS, MODEL, saved_variant, trained_like
 
+from llamaq.checkpoints.quantized import BACKBONE, backbone_hash, save_peft
+from llamaq.data.corpus import tiny_chat
 from llamaq.errors import UserError
 from llamaq.evaluate.scores import agreement
 from llamaq.export import exporter
 from llamaq.export.exporter import PteOptions, eager_cached_logits, export_pte
-from llamaq.export.handover import windows_of, with_adapters
-from llamaq.export.meta import BACKBONE, backbone_hash, save_peft
+from llamaq.export.gates import windows_of, with_adapters
 from llamaq.export.pte import Pte, check_constants, size_parts
 from llamaq.quant.scheme import Scheme
-from llamaq.train.corpus import tiny_chat
 
 pytestmark = pytest.mark.slow
 TOKENS = torch.randint(0, MODEL["vocab_size"], (48,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -105,7 +105,7 @@ def test_what_makes_the_export_quick_leaves_the_file_as_it_is(qat_lora, tmp_path
 def test_the_runner_answers_prompts_longer_than_a_call(qat_lora, tmp_path):
     """ExecuTorch's runner cuts a prompt into calls of `get_max_seq_len` tokens, which must be what a call takes."""
     tiny_chat(tmp_path, num_train=80, num_pairs=10, num_heldout=10, num_people=40, vocab_size=MODEL["vocab_size"])
-    from llamaq.train.data import build_tokenizer
+    from llamaq.data.datasets import build_tokenizer
 
     component = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": str(tmp_path / "tokenizer.model"),
                  "special_tokens_path": str(tmp_path / "special_tokens.json")}  # fmt: skip

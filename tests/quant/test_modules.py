@@ -8,10 +8,10 @@ from conftest import ADAPTERS, MODEL, random_weights, trained_like
 from torch import nn
 
 from llamaq.errors import UserError
+from llamaq.model.causal_lm import build_decoder, build_model
 from llamaq.quant.modules import FrozenLinear, LatentLinear, TiedHead
 from llamaq.quant.prepare import LLAMA_LINEARS, merge_adapters, prepare, quantized_linears
 from llamaq.quant.scheme import Scheme, fake_quantize
-from llamaq.train.model import build_decoder, build_model
 
 TOKENS = torch.randint(0, 768, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -108,7 +108,7 @@ def test_biases_and_models_without_linears_are_refused():
 @pytest.mark.parametrize("size", ["1b", "3b"])
 def test_real_shapes_prepare_and_freeze(size: str):
     """The released sizes, on the meta device: names, shapes and the share of integers, without the memory."""
-    from llamaq.export.meta import model_params, quantized_state_dict
+    from llamaq.checkpoints.quantized import model_params, quantized_state_dict
     from llamaq.quant.prepare import add_adapters, freeze
 
     with torch.device("meta"):

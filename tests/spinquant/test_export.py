@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import MODEL, random_weights, saved_rotated
 
+from llamaq.checkpoints.quantized import load_quantized
 from llamaq.errors import UserError
 from llamaq.evaluate.scores import agreement
 from llamaq.export import exporter
-from llamaq.export.meta import load_quantized
+from llamaq.model.causal_lm import CausalLM, build_decoder
 from llamaq.quant.prepare import prepare
 from llamaq.quant.scheme import Scheme
-from llamaq.train.model import CausalLM, build_decoder
 
 TOKENS = torch.arange(3, 40)[None]
 

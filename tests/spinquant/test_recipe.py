@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from llamaq.config import Config, load
 from llamaq.errors import UserError
-from llamaq.pipeline import read_manifest
 from llamaq.recipes.spinquant import candidate_names, choose, windows
+from llamaq.runs.run import read_manifest
 
 TUNE = Path(sys.executable).parent / "tune"
 SETTINGS = [s for s in SMALL if not s.startswith("qat")] + [
@@ -76,12 +76,12 @@ def test_seeds_only_where_something_is_random(tmp_path):
 
 
 def test_calibration_mixes_parts_and_keeps_selection_apart(tmp_path, monkeypatch):
-    from llamaq.train.corpus import tiny_chat
+    from llamaq.data.corpus import tiny_chat
 
     (tmp_path / "corpus").mkdir()
     tiny_chat(tmp_path / "corpus", 120, 4, 4, 60, 640)
     (tmp_path / "text.txt").write_text("\f".join(f"June has {i} days and {i} nights." * 60 for i in range(8)))
-    text = "{_component_: llamaq.train.data.text_windows_dataset, source: " + f"{tmp_path}/text.txt}}"
+    text = "{_component_: llamaq.data.datasets.text_windows_dataset, source: " + f"{tmp_path}/text.txt}}"
     parts = "[{dataset: '${base.dataset}', num_samples: 5}, {dataset: " + text + ", num_samples: 3}]"
     c = configured(tmp_path, f"spinquant.calibration={parts}")
     calibration, selection = windows(c)

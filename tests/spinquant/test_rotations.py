@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from llamaq.errors import UserError
+from llamaq.model.causal_lm import build_decoder, meta_decoder
 from llamaq.spinquant.hadamard import hadamard, online_block, online_gain, online_transform
 from llamaq.spinquant.rotations import Rotations, Shape, attach_online, check_contract, fuse_norms, rotate
-from llamaq.train.model import build_decoder, meta_decoder
 
 SUBSETS = [set(c) for n in range(4) for c in itertools.combinations(("r1", "r2", "r4"), n)]
 

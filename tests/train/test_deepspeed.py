@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from llamaq.config import deepspeed_settings
 from llamaq.errors import UserError
+from llamaq.model.causal_lm import build_model
 from llamaq.quant.modules import frozen
 from llamaq.quant.prepare import quantized_linears
 from llamaq.quant.scheme import Scheme
-from llamaq.train.model import build_model
 
 STAGES = ("qat", "qat_lora", "qat_dpo")
 HERE = Path(__file__).parent

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from conftest import ADAPTERS, small, trained_like
 
 from llamaq.errors import UserError
-from llamaq.pipeline import Run
+from llamaq.model import causal_lm as model_module
+from llamaq.model.causal_lm import build_model
 from llamaq.quant.scheme import Scheme
-from llamaq.tracking import read_metrics
-from llamaq.train import checkpoint
-from llamaq.train import model as model_module
+from llamaq.runs.run import Run
+from llamaq.runs.tracking import read_metrics
+from llamaq.train import resume
 from llamaq.train.loop import total_steps, train
-from llamaq.train.model import build_model
 from llamaq.train.objectives import DPO, SFT, answer_logprobs
-from llamaq.train.stages import save_weights, weights_of
+from llamaq.train.sft import save_weights, weights_of
 
 TOKENS = torch.randint(0, 768, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -142,7 +142,7 @@ def run_training(folder: Path, *overrides: str, objective=None, rows=None, until
     model = build_model(run.config.model, None, run.scheme, ADAPTERS, seed=run.config.seed)
     stage = run.folder / "qat.partial"
     if until is not None:
-        original = checkpoint.save
+        original = resume.save
 
         def stop(path, step, *args, **kwargs):
             original(path, step, *args, **kwargs)
@@ -150,7 +150,7 @@ def run_training(folder: Path, *overrides: str, objective=None, rows=None, until
                 raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "save", stop)
+            patch.setattr(resume, "save", stop)
             with pytest.raises(KeyboardInterrupt):
                 train(run, "qat", stage, model, objective or SFT(0), run.config.training("qat"), rows or samples())
     else:
@@ -273,9 +273,9 @@ sys.path[:0] = [{tests!r}, {here!r}]
 from pathlib import Path
 from test_training import dpo_objective, pairs, run_training, samples, with_reference
 from conftest import ADAPTERS, small
-from llamaq.train.model import build_model
+from llamaq.model.causal_lm import build_model
 from llamaq.quant.scheme import Scheme
-from llamaq.runner import leave_process_group
+from llamaq.runs.main import leave_process_group
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 rows = pairs()

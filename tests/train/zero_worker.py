@@ -1,6 +1,6 @@
 """What one rank of the tests runs: the three training stages on fixed samples. Started by torchrun or as it is.
 
-zero_worker.py FOLDER STOP_AFTER [key=value …]      STOP_AFTER: stop after the checkpoint of this step, 0: never
+zero_worker.py FOLDER STOP_AFTER [key=value …]      STOP_AFTER: stop after the resume of this step, 0: never
 """
 
 import json
@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from test_training import dpo_objective, pairs, samples, with_reference
 
 from llamaq.errors import UserError
-from llamaq.pipeline import Run, rank
-from llamaq.runner import join_process_group, leave_process_group
-from llamaq.tracking import read_metrics
-from llamaq.train import checkpoint
+from llamaq.model.causal_lm import build_model
+from llamaq.runs.main import join_process_group, leave_process_group
+from llamaq.runs.run import Run, rank
+from llamaq.runs.tracking import read_metrics
+from llamaq.train import resume
 from llamaq.train.loop import train
-from llamaq.train.model import build_model
 from llamaq.train.objectives import SFT
 
 STEPS = 20
@@ -42,7 +42,7 @@ def main(folder: Path, stop_after: int, overrides: list[str]) -> None:
     config = small(folder / "run", "model.num_layers=2", *sizes, *lr, *overrides)
     join_process_group(config)
     run = Run(config)
-    original = checkpoint.save
+    original = resume.save
 
     def save(path, step, *args, **kwargs):
         original(path, step, *args, **kwargs)
@@ -52,7 +52,7 @@ def main(folder: Path, stop_after: int, overrides: list[str]) -> None:
     for name, model, objective, rows in stages(run):
         stage = folder / f"{name}.partial"
         try:
-            with mock.patch.object(checkpoint, "save", save):
+            with mock.patch.object(resume, "save", save):
                 _, weights = train(run, name, stage, model, objective, getattr(run.config, name), rows)
         except KeyboardInterrupt:
             continue

@@ -1,0 +1,1 @@
+"""The report of a run: the page, its plots, and the model card."""

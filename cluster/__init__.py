@@ -1,1 +1,1 @@
-"""llamaq on Ray: submit a job (`submit`), drive it (`job`), run a recipe on its workers (`worker`)."""
+"""Run llamaq on Ray: submit a job (`submit`), drive it (`job`), run a recipe on its workers (`worker`)."""

@@ -1,4 +1,4 @@
-"""The options that `tune submit` and the job it sends have in common."""
+"""Parse the options that `tune submit` and the job it sends have in common."""
 
 import argparse
 import os
@@ -8,16 +8,17 @@ from llamaq.config import Config
 from llamaq.errors import UserError
 
 FLAGS = ("--detach", "--help")  # options without a value
-PATHS = ("output_dir", "checkpoint_dir", "data_dir")
+PATHS = ("output_dir", "checkpoint_dir", "data_dir")  # settings that have to be full paths on a shared file system
+LAUNCHER = "ray"  # folder in output_dir for Ray Train's own files
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where workers run and how long to wait for them."""
+    """Where workers run, and how long to wait for them. See `add_options` for the meaning of each."""
 
     min_workers: int
     max_workers: int
-    gpus_per_worker: int
+    gpus_per_worker: int  # 0 or 1
     cpus_per_worker: int
     placement: str  # pack or spread
     wait_minutes: float
@@ -26,23 +27,24 @@ class Options:
 
     @property
     def workers(self) -> int | tuple[int, int]:
-        """As Ray Train takes it: a number, or a range."""
+        """Return the number of workers as Ray Train takes it: a number, or a range."""
         return self.min_workers if self.min_workers == self.max_workers else (self.min_workers, self.max_workers)
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What one worker takes."""
+        """Return the resources of one worker, e.g. {"CPU": 1.0, "GPU": 1.0}."""
         return {"CPU": float(self.cpus_per_worker)} | ({"GPU": 1.0} if self.gpus_per_worker else {})
 
     @property
     def wait_seconds(self) -> float:
+        """Return the time to wait for free places."""
         return self.wait_minutes * 60
 
     def check(self, c: Config) -> None:
-        """Hold the options against the run's settings.
+        """Check that the options fit the run's settings.
 
         Raises:
-            UserError: they do not fit; names both.
+            UserError: they do not fit; the message names the option and the setting.
         """
         for key in PATHS:
             path = getattr(c, key)
@@ -64,50 +66,69 @@ class Options:
                 )
 
     def arguments(self) -> list[str]:
-        """The command line that gives these options again."""
-        return [
-            "--num-workers", f"{self.min_workers}:{self.max_workers}",
-            "--gpus-per-worker", str(self.gpus_per_worker),
-            "--cpus-per-worker", str(self.cpus_per_worker),
-            "--placement", self.placement,
-            "--wait-minutes", f"{self.wait_minutes:g}",
-            "--max-failures", str(self.max_failures),
-            "--resize-seconds", f"{self.resize_seconds:g}",
-        ]  # fmt: skip
+        """Return the command line that gives these options again."""
+        values = {
+            "--num-workers": f"{self.min_workers}:{self.max_workers}",
+            "--gpus-per-worker": str(self.gpus_per_worker),
+            "--cpus-per-worker": str(self.cpus_per_worker),
+            "--placement": self.placement,
+            "--wait-minutes": f"{self.wait_minutes:g}",
+            "--max-failures": str(self.max_failures),
+            "--resize-seconds": f"{self.resize_seconds:g}",
+        }
+        return [word for option in values.items() for word in option]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Recipe, config and the options above; settings (key=value) are taken apart before."""
+    """Add recipe, config and the options above to a parser. `split_settings` takes the settings off beforehand."""
     parser.add_argument("recipe", help="a recipe of llamaq (tune ls), or a module with a function recipe(run)")
     parser.add_argument("--config", required=True, help="a packaged config or a YAML file")
     parser.add_argument(
-        "--num-workers", default="1", metavar="N|MIN:MAX",
-        help="ranks; with MIN:MAX as many as there is room for, more and fewer as nodes come and go (default 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--gpus-per-worker", type=int, choices=(0, 1), default=None,
-        help="a rank trains on one GPU, or with 0 on CPUs (default 1; 0 with device=cpu)",
-    )  # fmt: skip
-    parser.add_argument("--cpus-per-worker", type=int, default=1, help="CPU cores of a rank (default 1)")
-    parser.add_argument(
-        "--placement", choices=("pack", "spread"), default="pack", help="fill nodes, or spread over them (default pack)"
+        "--num-workers",
+        default="1",
+        metavar="N|MIN:MAX",
+        help="number of ranks; MIN:MAX uses as many as there is room for, as nodes come and go (default 1)",
     )
     parser.add_argument(
-        "--wait-minutes", type=float, default=15.0,
-        help="how long to wait for places, at the start and after nodes were lost (default 15)",
-    )  # fmt: skip
+        "--gpus-per-worker",
+        type=int,
+        choices=(0, 1),
+        help="1: a rank trains on one GPU; 0: on CPUs (default 1; 0 with device=cpu)",
+    )
+    parser.add_argument("--cpus-per-worker", type=int, default=1, help="CPU cores of a rank (default 1)")
     parser.add_argument(
-        "--max-failures", type=int, default=5,
-        help="restarts after lost workers; preempted nodes are not counted (default 5)",
-    )  # fmt: skip
+        "--placement",
+        choices=("pack", "spread"),
+        default="pack",
+        help="pack: fill one node after the other; spread: use many nodes (default pack)",
+    )
     parser.add_argument(
-        "--resize-seconds", type=float, default=300.0,
-        help="with MIN:MAX, how often to look for more room; growing goes back to the last checkpoint (default 300)",
-    )  # fmt: skip
+        "--wait-minutes",
+        type=float,
+        default=15.0,
+        help="how long to wait for free places, at the start and after a loss of nodes (default 15)",
+    )
+    parser.add_argument(
+        "--max-failures",
+        type=int,
+        default=5,
+        help="how often to restart after lost workers; preempted nodes do not count (default 5)",
+    )
+    parser.add_argument(
+        "--resize-seconds",
+        type=float,
+        default=300.0,
+        help="with MIN:MAX, how often to look for more room; growing repeats the steps since the last checkpoint "
+        "(default 300)",
+    )
 
 
 def split_settings(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Options and settings, which may stand anywhere among them: `key=value` and `~key`."""
+    """Split a command line into options and settings (`key=value` and `~key`), which may come in any order.
+
+    Example: `qat seed=1 --config tiny ~base` gives `qat --config tiny` and `seed=1 ~base`. A word after an option that
+    takes a value is that value: `--env A=B` is an option.
+    """
     settings: list[str] = []
     options: list[str] = []
     for i, word in enumerate(argv):
@@ -118,11 +139,11 @@ def split_settings(argv: list[str]) -> tuple[list[str], list[str]]:
     return options, settings
 
 
-def options_of(arguments: argparse.Namespace, c: Config) -> Options:
-    """Check and collect the options.
+def parse_options(arguments: argparse.Namespace, c: Config) -> Options:
+    """Check the parsed arguments and return them as `Options`.
 
     Raises:
-        UserError: a number of workers that is none.
+        UserError: the number of workers is not a number or a range, or another option is out of range.
     """
     low, _, high = str(arguments.num_workers).partition(":")
     try:
@@ -137,6 +158,12 @@ def options_of(arguments: argparse.Namespace, c: Config) -> Options:
         raise UserError("--wait-minutes and --resize-seconds must be above 0, --max-failures 0 or more")
     gpus = arguments.gpus_per_worker
     return Options(
-        smallest, largest, gpus if gpus is not None else int(c.device != "cpu"), arguments.cpus_per_worker,
-        arguments.placement, arguments.wait_minutes, arguments.max_failures, arguments.resize_seconds,
-    )  # fmt: skip
+        min_workers=smallest,
+        max_workers=largest,
+        gpus_per_worker=int(c.device != "cpu") if gpus is None else gpus,
+        cpus_per_worker=arguments.cpus_per_worker,
+        placement=arguments.placement,
+        wait_minutes=arguments.wait_minutes,
+        max_failures=arguments.max_failures,
+        resize_seconds=arguments.resize_seconds,
+    )

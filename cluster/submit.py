@@ -1,10 +1,12 @@
-"""`tune submit RECIPE --config C --address http://HEAD:8265 --num-workers N [key=value …]`: the chain as a Ray job.
+"""Send a recipe to a Ray cluster as a job, and follow its log.
 
-What travels is llamaq's own code, the whole configuration and, with --working-dir, a folder of yours. Nothing secret
-does: keys such as WANDB_API_KEY belong into the environment of the cluster's nodes, whose workers inherit it.
+    tune submit RECIPE --config C --address http://HEAD:8265 --num-workers N [key=value …]
 
-Follows the job's log and returns its exit code; with --detach it returns at once. Later: `ray job status | logs
---follow | stop ID --address …`. Submitting again resumes, as running again does.
+The job gets llamaq's own code, the whole configuration and, with --working-dir, a folder of yours. It gets no secrets:
+put keys such as WANDB_API_KEY into the environment of the cluster's nodes, from where the workers inherit them.
+
+The command returns the job's exit code; with --detach it returns at once. Afterwards use Ray's own commands: `ray job
+status`, `ray job logs --follow` and `ray job stop`. Submitting again resumes the run.
 """
 
 import argparse
@@ -22,22 +24,28 @@ from pathlib import Path
 from typing import Any
 
 import llamaq
-from llamaq.cluster.options import add_options, options_of, split_settings
-from llamaq.config import cluster_dir, deepspeed_settings, load, recipes_dir
+from llamaq.cluster.options import Options, add_options, parse_options, split_settings
+from llamaq.config import Config, cluster_dir, deepspeed_settings, load, recipes_dir
 from llamaq.errors import UserError
 
-# settings of libraries that reach the workers; no name among them holds a secret
+# Variables that travel if they are set: settings of libraries that the workers use. None of them holds a secret.
 FORWARDED = (
-    "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL", "WANDB_TAGS", "WANDB_NOTES",
-    "HF_HUB_OFFLINE", "LLAMAQ_TRACEBACK",
-)  # fmt: skip
-SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+    "WANDB_MODE",
+    "WANDB_PROJECT",
+    "WANDB_ENTITY",
+    "WANDB_BASE_URL",
+    "WANDB_TAGS",
+    "WANDB_NOTES",
+    "HF_HUB_OFFLINE",
+    "LLAMAQ_TRACEBACK",
+)
+SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)  # found in the names of secrets
 SECONDS_BETWEEN_LOOKS = 2.0
-AGENT_SECONDS = 60.0  # a new head answers before it can start jobs
+AGENT_SECONDS = 60.0  # the dashboard of a new head answers before the head can start jobs
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of `tune submit`; the exit code is the job's."""
+    """Run `tune submit` and return its exit code, which is the job's."""
     try:
         return submit(argv)
     except UserError as e:
@@ -46,33 +54,12 @@ def main(argv: list[str]) -> int:
 
 
 def submit(argv: list[str]) -> int:
-    """Check, send, follow.
+    """Check the command line, send the job and follow it.
 
     Raises:
-        UserError: a wrong setting, a secret on the command line, no cluster at the address.
+        UserError: a setting is wrong, a secret is on the command line, or no cluster answers at the address.
     """
-    parser = argparse.ArgumentParser(
-        prog="tune submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser)
-    # fmt: off
-    parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"),
-                        help="of the cluster's dashboard (default $RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265)")
-    parser.add_argument("--working-dir", type=Path, help="a folder of your own modules to send along")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE",
-                        help="an environment variable for driver and workers; never a secret")
-    parser.add_argument("--token-file", type=Path, help="the cluster's authentication token (RAY_AUTH_MODE=token)")
-    parser.add_argument("--submission-id", help="the job's name (default llamaq-RECIPE-TIME)")
-    parser.add_argument("--python", default="python",
-                        help="the nodes' Python that has llamaq's packages, if another one comes first on their PATH")
-    parser.add_argument("--detach", action="store_true", help="do not follow the job")
-    # fmt: on
-    words, settings = split_settings(argv)
-    arguments = parser.parse_args(words)
-
-    config = load(arguments.config, settings)
-    options = options_of(arguments, config)
-    options.check(config)
+    arguments, config, options = parse(argv)
     environment = environment_of(arguments.env)
     use_token(arguments.token_file)
     client = connect(arguments.address)
@@ -95,14 +82,56 @@ def submit(argv: list[str]) -> int:
         return follow(client, name)
     except KeyboardInterrupt:
         print(f"\nnot following any more; the job goes on ({later})", file=sys.stderr)
-        return 130
+        return 130  # what a shell returns for Ctrl-C
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, Options]:
+    """Parse and check the command line.
+
+    Raises:
+        UserError: a setting or an option is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="tune submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser)
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"),
+        help="address of the cluster's dashboard (default $RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265)",
+    )
+    parser.add_argument("--working-dir", type=Path, help="a folder of your own modules to send along")
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an environment variable for driver and workers; never a secret",
+    )
+    parser.add_argument("--token-file", type=Path, help="the cluster's authentication token (RAY_AUTH_MODE=token)")
+    parser.add_argument("--submission-id", help="the job's name (default llamaq-RECIPE-TIME)")
+    parser.add_argument(
+        "--python",
+        default="python",
+        help="the Python on the nodes that has llamaq's packages, if another one comes first on their PATH",
+    )
+    parser.add_argument("--detach", action="store_true", help="do not follow the job")
+    words, settings = split_settings(argv)
+    arguments = parser.parse_args(words)
+    config = load(arguments.config, settings)
+    options = parse_options(arguments, config)
+    options.check(config)
+    return arguments, config, options
 
 
 def environment_of(given: list[str]) -> dict[str, str]:
-    """The variables that travel. They are shown in the job's metadata, so no secret may be among them.
+    """Return the environment variables to send. The job's metadata shows them, so they must not hold secrets.
+
+    Args:
+        given: what the user gave with --env.
 
     Raises:
-        UserError: one looks like a secret, or is not NAME=VALUE.
+        UserError: a name looks like a secret's, or an item is not NAME=VALUE.
     """
     environment = {name: os.environ[name] for name in FORWARDED if os.environ.get(name)}
     for item in given:
@@ -112,17 +141,17 @@ def environment_of(given: list[str]) -> dict[str, str]:
         if SECRET.search(name):
             raise UserError(
                 f"--env {name}: it looks like a secret, and the environment of a job is shown to everyone on the "
-                "cluster; set it on the nodes (README, Secrets)"
+                "cluster; set it on the nodes (docs/cluster.md, Secrets)"
             )
         environment[name] = value
     return environment | {"PYTHONUNBUFFERED": "1"}
 
 
 def use_token(path: Path | None) -> None:
-    """Authenticate with the token in a file of the user's.
+    """Authenticate with the token in the user's file, if one is given.
 
     Raises:
-        UserError: there is none, or others can read it.
+        UserError: the file does not exist, or other users can read it.
     """
     if path is None:
         return
@@ -134,7 +163,7 @@ def use_token(path: Path | None) -> None:
 
 
 def connect(address: str) -> Any:
-    """The cluster's job server.
+    """Connect to the cluster's job server and return the client.
 
     Raises:
         UserError: Ray is not installed, nobody answers, or the cluster wants a token.
@@ -152,46 +181,57 @@ def connect(address: str) -> Any:
         if "oken" in said or "Authentication" in type(e).__name__:
             raise UserError(f"the cluster at {address} wants a token: --token-file FILE ({said[:200]})") from e
         raise UserError(f"no Ray cluster answers at {address}: is the address right, is the port forwarded?") from e
-    # they tell of every package and every closed connection; importing them has set their levels
+    # these modules log every package and every closed connection; their levels are set when they are imported
     for module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
     return client
 
 
-def pack(folder: Path, config: Any, own: Path | None) -> None:
-    """What travels: the user's modules, llamaq as it would be installed, and the configuration with all defaults.
+def pack(folder: Path, config: Config, own: Path | None) -> None:
+    """Copy into `folder` what the job gets: the user's modules, llamaq's package and the configuration.
 
     Raises:
-        UserError: the user's folder is not there, or hides llamaq; a secret of the environment is in the configuration.
+        UserError: the user's folder does not exist or hides llamaq, or the configuration holds a secret of the
+            environment.
+    """
+    if own is not None:
+        _pack_own(own, folder)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(llamaq.__file__).resolve().parent, folder / "llamaq", ignore=ignored)
+    for part in (recipes_dir(), cluster_dir()):  # beside the package in a checkout, inside it once installed
+        shutil.copytree(part, folder / "llamaq" / part.name, ignore=ignored, dirs_exist_ok=True)
+    (folder / "config.yaml").write_text(_config_text(config))
+
+
+def _pack_own(own: Path, folder: Path) -> None:
+    if not own.is_dir():
+        raise UserError(f"--working-dir {own}: no such folder")
+    if (own / "llamaq").exists():
+        raise UserError(f"--working-dir {own} holds something called llamaq, which would hide ours")
+    ignored = shutil.ignore_patterns("__pycache__", ".git", ".venv", ".env*")
+    shutil.copytree(own, folder, dirs_exist_ok=True, ignore=ignored)
+
+
+def _config_text(config: Config) -> str:
+    """Return the configuration as YAML with all defaults written out.
+
+    DeepSpeed's settings are written into it, because the file that `deepspeed.config` may name is not sent.
     """
     from omegaconf import OmegaConf
 
-    if own is not None:
-        if not own.is_dir():
-            raise UserError(f"--working-dir {own}: no such folder")
-        if (own / "llamaq").exists():
-            raise UserError(f"--working-dir {own} holds something called llamaq, which would hide ours")
-        ignored = shutil.ignore_patterns("__pycache__", ".git", ".venv", ".env*")
-        shutil.copytree(own, folder, dirs_exist_ok=True, ignore=ignored)
-    package = Path(llamaq.__file__).resolve().parent
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(package, folder / "llamaq", ignore=ignored)
-    for part in (recipes_dir(), cluster_dir()):
-        shutil.copytree(part, folder / "llamaq" / part.name, ignore=ignored, dirs_exist_ok=True)
-    # the file that deepspeed.config may name stays here
     settings = asdict(config) | {"deepspeed": {"config": "zero0", "settings": deepspeed_settings(config)}}
     text = OmegaConf.to_yaml(OmegaConf.create(settings))
     for name, value in os.environ.items():
         if SECRET.search(name) and len(value) >= 8 and value in text:
             raise UserError(f"the configuration holds the value of {name}, and it is sent as it is; take it out")
-    (folder / "config.yaml").write_text(text)
+    return text
 
 
 def send(client: Any, **job: Any) -> None:
-    """Hand the job over; a cluster that has only just come up is given a minute to take it.
+    """Submit the job. A cluster that has just started gets a minute to accept it.
 
     Raises:
-        UserError: the cluster refuses it, with its reason.
+        UserError: the cluster refuses the job; with its reason.
     """
     deadline = time.monotonic() + AGENT_SECONDS
     while True:
@@ -205,14 +245,14 @@ def send(client: Any, **job: Any) -> None:
 
 
 def follow(client: Any, name: str) -> int:
-    """Print the job's log as it grows; returns its exit code."""
-    shown = 0
+    """Print the job's log as it grows, until the job ends; return its exit code."""
+    shown = 0  # characters printed so far
 
     async def tail() -> None:
         nonlocal shown
-        seen = 0
+        seen = 0  # characters of this connection: each starts at the beginning of the log again
         async for text in client.tail_job_logs(name):
-            new = text[max(0, shown - seen) :]  # after a lost connection the log comes from its beginning again
+            new = text[max(0, shown - seen) :]
             seen += len(text)
             if new:
                 shown += len(new)

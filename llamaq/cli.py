@@ -2,6 +2,7 @@
 
     tune ls                                     recipes and configs, ours first
     tune run RECIPE --config CONFIG [k=v …]     run one; torchrun options go before RECIPE (--nproc_per_node 2)
+    tune run RECIPE --help [SETTING …]          what it does and every setting, or all about some
     tune submit RECIPE --config CONFIG --address http://HEAD:8265 --num-workers N [k=v …]    the same on a Ray cluster
     tune cp | cat | validate | download …       as in torchtune
     tune lsx | list-trials | list-experiments | add-note | ls FOLDER …    Ray Tune's
@@ -10,33 +11,39 @@ Ray and torchtune install a script of the same name; `llamaq …` and `python -m
 """
 
 import argparse
+import ast
 import sys
 from pathlib import Path
 
-from llamaq import torchao_compat  # noqa: F401  (first: torchtune does not import without it)
-from llamaq.config import load, packaged_configs, recipes_dir
+from llamaq.config import load, packaged_configs, parse_arguments, recipes_dir
+from llamaq.config.arguments import HELP
 from llamaq.errors import UserError
 
-# recipe → the configs listed under it; a config file serves the chain and each of its stages
+# A config file serves the chain and each of its stages, so `tune ls` lists configs under the chain and SpinQuant only.
 RECIPES = ["qat_lora_dpo", "qat", "qat_lora", "qat_dpo", "spinquant", "export_executorch", "evaluate"]
 RAY_COMMANDS = ("lsx", "list-trials", "list-experiments", "add-note")
 
 
 def register_recipes() -> None:
     """Put our recipes in front of torchtune's, so that `ls`, `cp`, `cat` and `run` find them. Idempotent."""
+    from llamaq import torchao_compat  # noqa: F401  (first: torchtune does not import without it)
+
+    # isort: split
     from torchtune import _recipe_registry as registry
 
     if any(r.name == RECIPES[0] for r in registry._ALL_RECIPES):
         return
     # pathlib lets an absolute path win over torchtune's own recipe folder, everywhere it joins them
     configs = [registry.Config(name=name, file_path=str(path)) for name, path in packaged_configs().items()]
+    listed = {
+        "qat_lora_dpo": [c for c in configs if not c.name.endswith("spinquant")],
+        "spinquant": [c for c in configs if c.name.endswith("spinquant")],
+    }
     ours = [
         registry.Recipe(
             name=name,
             file_path=str(recipes_dir() / f"{name}.py"),
-            configs=[c for c in configs if c.name.endswith("spinquant") == (name == "spinquant")]
-            if name in (RECIPES[0], "spinquant")
-            else [],
+            configs=listed.get(name, []),
             supports_distributed=True,
         )
         for name in RECIPES
@@ -45,9 +52,12 @@ def register_recipes() -> None:
 
 
 def main() -> None:
-    """Entry point of `tune`, `llamaq` and `python -m llamaq`."""
+    """Run a command of `tune`, `llamaq` or `python -m llamaq`."""
     if _is_for_ray(sys.argv[1:]):
         _ray()
+        return
+    if asked := _help_asked_for(sys.argv[1:]):
+        _print_help(*asked)
         return
     if sys.argv[1:2] == ["submit"]:
         from llamaq.cluster.submit import main as submit  # pyright: ignore[reportMissingImports]
@@ -59,8 +69,34 @@ def main() -> None:
 
     parser = TuneCLIParser()
     parser._parser.description = "llamaq: torchtune's command line with the quantized training chain added."
-    parser._parser.epilog = "examples: tune run qat_lora_dpo --config tiny; tune submit --help (a Ray cluster)"
+    parser._parser.epilog = (
+        "examples: tune run qat_lora_dpo --config tiny; tune run qat --help; tune submit --help (a Ray cluster)"
+    )
     parser.run(parser.parse_args())
+
+
+def _help_asked_for(argv: list[str]) -> tuple[str, list[str]] | None:
+    """Return the recipe of ours whose help is asked for, and the words after it; else None.
+
+    The recipe is the first word after `run` that is neither a torchrun option nor an option's value.
+    """
+    words = argv[1:] if argv[:1] == ["run"] else []
+    for i, word in enumerate(words):
+        if word in RECIPES:
+            rest = words[i + 1 :]
+            return (word, rest) if any(option in rest for option in HELP) else None
+        if not word.startswith("-") and not (i and words[i - 1].startswith("-")):
+            return None
+    return None
+
+
+def _print_help(recipe: str, arguments: list[str]) -> None:
+    """Print help from the recipe's source: importing the recipe, and torch with it, would take seconds."""
+    usage = ast.get_docstring(ast.parse((recipes_dir() / f"{recipe}.py").read_text(encoding="utf-8")))
+    try:
+        parse_arguments(arguments, usage or "")
+    except UserError as e:
+        sys.exit(f"error: {e}")
 
 
 def _is_for_ray(argv: list[str]) -> bool:

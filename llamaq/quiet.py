@@ -1,9 +1,13 @@
-"""Messages of our dependencies that appear on every start and mean nothing: dropped by their first words.
+"""Hold back what other libraries print on every start and at every token, and nothing else.
 
-Everything else they say still comes through.
+    drop_known_messages()    once, by `import llamaq`: log messages known by their first words
+    filtered_stderr()        lines that C++ code writes straight to standard error, known by their form
+    quiet_logging()          everything logged below an error, while a library sets itself up
+    quiet()                  all of these and standard output, while ExecuTorch exports
 """
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -31,8 +35,8 @@ class _PrefixFilter(logging.Filter):
         return not record.getMessage().startswith(self.prefix)
 
 
-def quiet_known_messages() -> None:
-    """Add the filters to the loggers of `_LOGGED`. Called once, by the package."""
+def drop_known_messages() -> None:
+    """Add filters to the loggers of `_LOGGED`. The package calls it once."""
     # DeepSpeed's collectives on torch 2.13
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
     for name, prefix in _LOGGED.items():
@@ -40,7 +44,7 @@ def quiet_known_messages() -> None:
 
 
 @contextlib.contextmanager
-def without_native_noise() -> Iterator[None]:
+def filtered_stderr() -> Iterator[None]:
     """Hold back what C++ code writes to standard error; at the end print all of it but the lines of `_NATIVE`."""
     sys.stderr.flush()
     kept = os.dup(2)
@@ -54,3 +58,23 @@ def without_native_noise() -> Iterator[None]:
             os.close(kept)
             file.seek(0)
             sys.stderr.write("".join(line for line in file if not _NATIVE.match(line)))
+
+
+@contextlib.contextmanager
+def quiet_logging() -> Iterator[None]:
+    """Hold back everything that is logged as a warning or less."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[io.StringIO]:
+    """Hold back a library's standard output, warnings, logs and known C++ lines; yield what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings(), filtered_stderr(), quiet_logging():
+        warnings.simplefilter("ignore")
+        yield printed

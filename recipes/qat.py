@@ -3,65 +3,76 @@
     tune run qat --config llama3_2/1B_qat_lora_dpo [key=value …]
     tune run --nproc_per_node 2 qat --config …
 
-Blocks train as int4 groups with int8 activations, the embedding and the tied head as int8 rows; what is saved are the
-latent float weights (`qat/model.safetensors`). Run alone it first makes what the config starts from, if the config
-says how (`corpus`, `base`).
+Blocks train as int4 groups with int8 activations, the embedding and the tied head as int8 rows. The stage saves the
+latent float weights (`qat/model.safetensors`). If the config says how to make what the run starts from (`corpus`,
+`base`), the recipe makes that first.
 """
 
 from pathlib import Path
 from typing import Any
 
-from llamaq.checkpoints.quantized import model_params, save_float
+from llamaq.checkpoints.load import start_inputs, start_weights
+from llamaq.checkpoints.meta import model_params, save_float
+from llamaq.checkpoints.torchtune import save_weights
+from llamaq.config.view import only
 from llamaq.data.corpus import write_corpus
-from llamaq.model.causal_lm import build_model, meta_decoder
+from llamaq.model.build import build_model, meta_decoder, scheme_of
 from llamaq.plan.preflight import preflight
 from llamaq.runs.main import main
-from llamaq.runs.run import Run, rank, say
-from llamaq.train.sft import identity, save_weights, sft, start_inputs, start_weights
+from llamaq.runs.ranks import rank, say
+from llamaq.runs.run import Run
+from llamaq.train.sft import train_sft
+
+# what every training stage reads of the config, besides its own section
+TRAINING = ("model", "tokenizer", "seed", "dtype", "compile")
 
 
-def start(run: Run) -> None:
-    """Make the corpus and the BF16 model a config starts from, if it says how; else they must be there already."""
-    c = run.config
-    if c.corpus is not None:
-        corpus = c.corpus
-        run.stage("corpus", lambda folder: write_corpus(folder, corpus), {"corpus": corpus})
-    say(preflight(c))
-    if c.base is not None:
+def prepare_start(run: Run) -> None:
+    """Make the corpus and the BF16 model that the config starts from, if it says how, and check the whole run."""
+    if run.config.corpus is not None:
+        corpus(run)
+    say(preflight(run.config))
+    if run.config.base is not None:
         base(run)
+
+
+def corpus(run: Run) -> Path:
+    """Write the data files, and perhaps a tokenizer, that the other sections name."""
+    c = only(run.config, "corpus")
+    return run.stage("corpus", lambda folder: write_corpus(folder, c.section("corpus")), c)
 
 
 def base(run: Run) -> Path:
     """Train a BF16 model from random weights and leave it as Meta releases its models."""
-    c = run.config
-    assert c.base is not None
-    training = c.base
+    c = only(run.config, *TRAINING, "base")
 
     def build(folder: Path) -> dict[str, Any]:
         model = build_model(c.model, None, scheme=None, seed=c.seed)
-        metrics, weights = sft(run, "base", folder, model, training, "base")
+        metrics, weights = train_sft(run.session("base", folder), c, c.section("base"), model, "base")
         if rank() == 0:
             save_float(folder / "model", weights, model_params(meta_decoder(c.model)))
         return metrics
 
-    return run.stage("base", build, identity(c, training))
+    return run.stage("base", build, c)
 
 
 def qat(run: Run, control: bool = False) -> Path:
-    """The stage; with `control`, the same training in full precision, which the report compares with."""
-    c, name = run.config, "control_qat" if control else "qat"
+    """Train stage 1; with `control`, the same training in full precision, which the report compares with."""
+    name = "control_qat" if control else "qat"
+    c = only(run.config, *TRAINING, "qat", *([] if control else ["scheme"]))
 
     def build(folder: Path) -> dict[str, Any]:
-        model = build_model(c.model, start_weights(c), None if control else run.scheme, seed=c.seed)
-        metrics, weights = sft(run, name, folder, model, c.training("qat"), "qat")
+        model = build_model(c.model, start_weights(c), None if control else scheme_of(c), seed=c.seed)
+        metrics, weights = train_sft(run.session(name, folder), c, c.section("qat"), model, "qat")
         save_weights(folder, weights)
         return metrics
 
-    return run.stage(name, build, identity(c, c.training("qat")), start_inputs(c))
+    return run.stage(name, build, c, start_inputs(c))
 
 
 def recipe(run: Run) -> None:
-    start(run)
+    """Run stage 1."""
+    prepare_start(run)
     say(f"latent weights: {qat(run)}/model.safetensors")
 
 

@@ -2,37 +2,42 @@
 
     tune run qat_lora --config llama3_2/1B_qat_lora_dpo [key=value …]        (after `tune run qat`)
 
-The backbone is really frozen: int4 and int8 codes with their scales, a quarter of its float size, computed once from
-stage 1's weights. The adapters sit on all seven linears of every block, are used at bf16 values, and are saved alone
+The backbone is frozen as int4 and int8 codes with their scales, computed once from stage 1's weights. The adapters sit
+on all seven linears of every block and are used at bf16 values. The stage saves the adapters alone
 (`qat_lora/adapters.safetensors`).
 """
 
 from pathlib import Path
 from typing import Any
 
-from llamaq.model.causal_lm import build_model
+from llamaq.checkpoints.torchtune import save_weights, weights_of
+from llamaq.config.view import only
+from llamaq.model.build import build_model, scheme_of
+from llamaq.recipes.qat import TRAINING
 from llamaq.runs.main import main
-from llamaq.runs.run import Run, say
-from llamaq.train.sft import identity, save_weights, sft, weights_of
+from llamaq.runs.ranks import say
+from llamaq.runs.run import Run
+from llamaq.train.sft import train_sft
 
 
 def qat_lora(run: Run, control: bool = False) -> Path:
-    """The stage; with `control`, the same on the control's full-precision backbone."""
-    c, name = run.config, "control_lora" if control else "qat_lora"
-    backbone = run.need("control_qat" if control else "qat")
-    adapters = (c.adapters.rank, c.adapters.alpha)
+    """Train stage 2; with `control`, the same on the control's full-precision backbone."""
+    name = "control_lora" if control else "qat_lora"
+    c = only(run.config, *TRAINING, "qat_lora", "adapters", *([] if control else ["scheme"]))
+    backbone = run.need("control_qat" if control else "qat", made_by="tune run qat")
 
     def build(folder: Path) -> dict[str, Any]:
-        scheme = None if control else run.scheme
+        scheme, adapters = None if control else scheme_of(c), (c.adapters.rank, c.adapters.alpha)
         model = build_model(c.model, weights_of(backbone), scheme, adapters, frozen=True, seed=c.seed)
-        metrics, weights = sft(run, name, folder, model, c.training("qat_lora"), "qat_lora")
+        metrics, weights = train_sft(run.session(name, folder), c, c.section("qat_lora"), model, "qat_lora")
         save_weights(folder, weights)
         return metrics
 
-    return run.stage(name, build, identity(c, c.training("qat_lora")) | {"adapters": adapters}, [backbone])
+    return run.stage(name, build, c, [backbone])
 
 
 def recipe(run: Run) -> None:
+    """Run stage 2."""
     say(f"adapters: {qat_lora(run)}/adapters.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""The whole chain: a BF16 checkpoint in, a quantized .pte and a report out.
+"""Run the whole chain: a BF16 checkpoint in, a quantized .pte and a report out.
 
     tune run qat_lora_dpo --config tiny                                        minutes, nothing to download
     tune run qat_lora_dpo --config llama3_2/1B_qat_lora_dpo checkpoint_dir=/path/to/Llama-3.2-1B-Instruct
@@ -9,32 +9,42 @@
     qat_lora              adapters on the frozen integer backbone
     reference, qat_dpo    preferences, backbone and adapters
     convert, export       integer codes in Meta's layout, then the .pte; each hand-over measured and gated
+    answer                what the exported file says to a prompt
     control_*, evaluate   the same training without quantization, and every model on held-out text
-    files, speed, …       the exported file itself: see `tune run evaluate --help`
+    files, speed, …       measurements of the exported file itself: see `tune run evaluate --help`
     report                report/report.md, and README.md, the model card
 
-Run it again to resume: finished stages are checked and kept, an interrupted one goes on from its last checkpoint, and
-a changed setting runs again only what depends on it.
+Run it again to resume. Finished stages are checked and kept, an interrupted one continues from its last checkpoint, and
+a changed setting runs only those stages again that depend on it.
 """
 
-from llamaq.recipes.evaluate import chain_names, check, evaluate_and_report_chain
-from llamaq.recipes.export_executorch import convert, export
-from llamaq.recipes.qat import qat, start
+from llamaq.evaluate.models import check_evaluation
+from llamaq.evaluate.stages import measure
+from llamaq.recipes.evaluate import chain_models, chain_names, evaluate
+from llamaq.recipes.export_executorch import answer, convert, export
+from llamaq.recipes.qat import prepare_start, qat
 from llamaq.recipes.qat_dpo import qat_dpo
 from llamaq.recipes.qat_lora import qat_lora
+from llamaq.report.publish import report_chain
 from llamaq.runs.main import main
-from llamaq.runs.run import Run, say
+from llamaq.runs.ranks import say
+from llamaq.runs.run import Run
 
 
 def recipe(run: Run) -> None:
-    check(run.config, *chain_names(run.config))
-    start(run)
+    """Train, convert, export, measure and report."""
+    check_evaluation(run.config, *chain_names(run.config))
+    prepare_start(run)
     qat(run)
     qat_lora(run)
     qat_dpo(run)
     convert(run)
     export(run)
-    say(f"\nreport: {evaluate_and_report_chain(run)}/report.md")
+    answer(run)
+    evaluate(run)
+    models = chain_models(run)
+    measured = measure(run, models)
+    say(f"\nreport: {report_chain(run, models, measured)}/report.md")
 
 
 if __name__ == "__main__":

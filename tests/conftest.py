@@ -11,24 +11,43 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from llamaq import torchao_compat  # noqa: F401
 from llamaq.checkpoints.quantized import save_quantized
 from llamaq.config import Config, load
-from llamaq.model.causal_lm import CausalLM, build_decoder, build_model, meta_decoder
+from llamaq.model.build import build_decoder, build_model, meta_decoder
+from llamaq.model.causal_lm import CausalLM
+from llamaq.model.online import attach_online
+from llamaq.model.shape import Shape
 from llamaq.quant.prepare import freeze, prepare
 from llamaq.quant.scheme import Scheme
-from llamaq.spinquant.rotations import Rotations, Shape, attach_online, rotate
+from llamaq.spinquant.rotations import Rotations, rotate
 
 MODEL = {
-    "_component_": "torchtune.models.llama3_2.llama3_2", "vocab_size": 768, "num_layers": 2, "num_heads": 4,
-    "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 256, "max_seq_len": 256, "rope_base": 500000,
+    "_component_": "torchtune.models.llama3_2.llama3_2",
+    "vocab_size": 768,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 64,
+    "intermediate_dim": 256,
+    "max_seq_len": 256,
+    "rope_base": 500000,
     "scale_factor": 32,
-}  # fmt: skip
+}
 ADAPTERS = (16, 32.0)
 
 # small enough for seconds a stage; the corpus and the tokenizer are the tiny config's own
 SMALL = [
-    "wandb.mode=disabled", "corpus.num_train=120", "corpus.num_pairs=40", "corpus.num_heldout=12",
+    "wandb.mode=disabled",
+    "corpus.num_train=120",
+    "corpus.num_pairs=40",
+    "corpus.num_heldout=12",
     "corpus.num_people=60",
-    "corpus.vocab_size=640", "model.vocab_size=640", "model.num_layers=1", "model.embed_dim=64", "model.num_heads=2",
-    "model.num_kv_heads=1", "model.intermediate_dim=128", "tokenizer.max_seq_len=96",
+    "corpus.vocab_size=640",
+    "model.vocab_size=640",
+    "model.num_layers=1",
+    "model.embed_dim=64",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.intermediate_dim=128",
+    "tokenizer.max_seq_len=96",
     *[f"{s}.max_steps=6" for s in ("base", "qat", "qat_lora", "qat_dpo")],
     *[f"{s}.batch_size=4" for s in ("base", "qat", "qat_lora", "qat_dpo")],
     *[f"{s}.global_batch_size=8" for s in ("base", "qat", "qat_lora", "qat_dpo")],
@@ -36,8 +55,9 @@ SMALL = [
     "qat.epochs=4",
     "qat_lora.epochs=4",
     "qat_dpo.epochs=4",
-    "qat_dpo.optimizer.lr=1e-3", "export.gate_tokens=32",
-]  # fmt: skip
+    "qat_dpo.optimizer.lr=1e-3",
+    "export.gate_tokens=32",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ CASES = {
     "no tokenizer": (["tokenizer.path=/nowhere.model"], "tokenizer.path=/nowhere.model: no such file"),
     "no checkpoint folder": (["~base", "checkpoint_dir=/nowhere"], "checkpoint_dir=/nowhere is not a folder"),
     "vocabulary smaller than the tokenizer": (["model.vocab_size=512"], "the model only 512 rows"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("overrides, message", CASES.values(), ids=CASES.keys())
@@ -73,18 +73,28 @@ def test_bad_settings(overrides, message, tmp_path, monkeypatch, capsys):
 def test_bad_data_files(content, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "data.jsonl").write_text(content)
     code, errors = outcome(
-        monkeypatch, capsys, "--config", "tiny", *SMALL, f"output_dir={tmp_path / 'run'}",
+        monkeypatch,
+        capsys,
+        "--config",
+        "tiny",
+        *SMALL,
+        f"output_dir={tmp_path / 'run'}",
         f"qat.dataset.data_files={tmp_path / 'data.jsonl'}",
-    )  # fmt: skip
+    )
     assert code == 1 and len(errors) == 1 and message in errors[0], errors
 
 
 def test_a_tokenizer_that_is_none(tmp_path, monkeypatch, capsys):
     (tmp_path / "tokenizer.model").write_text("not base64 at all\n")
     code, errors = outcome(
-        monkeypatch, capsys, "--config", "tiny", *SMALL, f"output_dir={tmp_path / 'run'}",
+        monkeypatch,
+        capsys,
+        "--config",
+        "tiny",
+        *SMALL,
+        f"output_dir={tmp_path / 'run'}",
         f"tokenizer.path={tmp_path / 'tokenizer.model'}",
-    )  # fmt: skip
+    )
     assert code == 1 and "not a tokenizer of this kind" in errors[0]
 
 
@@ -136,7 +146,7 @@ def test_a_config_of_ones_own(tmp_path):
     OmegaConf.update(raw, "qat.max_steps", 3)
     OmegaConf.save(raw, tmp_path / "mine.yaml")
     config = load(str(tmp_path / "mine.yaml"), ["output_dir=elsewhere"])
-    assert config.training("qat").max_steps == 3 and config.checkpoint_dir == "elsewhere/base/model"
+    assert config.section("qat").max_steps == 3 and config.checkpoint_dir == "elsewhere/base/model"
     assert json.dumps(config.model) and Path(config.output_dir).name == "elsewhere"
     write_jsonl(tmp_path / "x.jsonl", [{"a": "ü"}])
     assert (tmp_path / "x.jsonl").read_text() == '{"a": "ü"}\n'

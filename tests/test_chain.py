@@ -13,14 +13,26 @@ import torch
 from conftest import SMALL
 
 from llamaq.export.pte import Pte, check_constants
-from llamaq.runs.run import read_manifest
+from llamaq.runs.manifest import read_manifest
 from llamaq.runs.tracking import read_metrics
 
 pytestmark = pytest.mark.slow
 TUNE = Path(sys.executable).parent / "tune"
 TRAINED = ("base", "qat", "qat_lora", "qat_dpo", "control_qat", "control_lora")
-STAGES = ("corpus", "base", "qat", "qat_lora", "reference", "qat_dpo", "convert", "export", "control_qat",
-          "control_lora", "evaluate", "report")  # fmt: skip
+STAGES = (
+    "corpus",
+    "base",
+    "qat",
+    "qat_lora",
+    "reference",
+    "qat_dpo",
+    "convert",
+    "export",
+    "control_qat",
+    "control_lora",
+    "evaluate",
+    "report",
+)
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
 
 
@@ -129,9 +141,18 @@ def test_running_it_again_runs_nothing_and_a_changed_setting_what_depends_on_it(
 
 
 KILLS = [  # in the order of the chain; after this step, or as soon as the stage begins
-    ("base", 3), ("qat", 3), ("qat_lora", 3), ("reference", None), ("qat_dpo", 3), ("convert", None), ("export", None),
-    ("control_qat", 3), ("control_lora", 3), ("evaluate", None), ("report", None),
-]  # fmt: skip
+    ("base", 3),
+    ("qat", 3),
+    ("qat_lora", 3),
+    ("reference", None),
+    ("qat_dpo", 3),
+    ("convert", None),
+    ("export", None),
+    ("control_qat", 3),
+    ("control_lora", 3),
+    ("evaluate", None),
+    ("report", None),
+]
 
 
 def test_killed_in_every_stage_and_between_the_losses_are_the_uninterrupted_ones(whole, tmp_path):
@@ -187,8 +208,11 @@ def test_a_missed_gate_stops_the_chain(whole, tmp_path):
     folder, _ = whole
     done = subprocess.run(
         command(folder, "export.max_relative_error=1e-12", recipe="export_executorch"),
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=600,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=600,
+    )
     assert done.returncode == 1
     assert "gate missed" in done.stderr and "export.max_relative_error is 1e-12" in done.stderr
     assert (folder / "export" / "model.pte").is_file()  # the earlier one is still there

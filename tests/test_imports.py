@@ -45,11 +45,19 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # outside package, or part of the house that only some may use → where it may be imported
 ONLY_IN = {
-    "deepspeed": ("llamaq/train/engine.py",),
+    "deepspeed": ("llamaq/train/deepspeed.py",),
     "ray": ("cluster/", "llamaq/cli.py"),
     "executorch": ("llamaq/export/",),
     "wandb": ("llamaq/runs/tracking.py",),
-    "torchtune": ("llamaq/cli.py", "llamaq/model/", "llamaq/checkpoints/", "llamaq/data/", "llamaq/train/", "recipes/"),
+    "torchtune": (
+        "llamaq/cli.py",
+        "llamaq/config/components.py",
+        "llamaq/model/",
+        "llamaq/checkpoints/",
+        "llamaq/data/",
+        "llamaq/train/",
+        "recipes/",
+    ),
     "llamaq.recipes": ("recipes/",),
     "llamaq.cluster": ("cluster/", "llamaq/cli.py"),
 }
@@ -132,8 +140,11 @@ def test_torchtunes_own_qat_lora_linear_works():
     from torchtune.modules.peft.lora import QATLoRALinear
 
     linear = QATLoRALinear(
-        64, 32, rank=4, alpha=8,
+        64,
+        32,
+        rank=4,
+        alpha=8,
         activation_qat_config=IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
         weight_qat_config=IntxFakeQuantizeConfig(vars(torch)["int4"], group_size=32),
-    )  # fmt: skip
+    )
     assert linear(torch.randn(2, 64)).shape == (2, 32)

@@ -1,29 +1,15 @@
-"""Every setting, checked: one YAML file, overridden by `key=value`, before anything is loaded."""
+"""Every setting of a run: what it means (`schema`), how it is read (`load`), and help on it (`help`)."""
 
-from llamaq.config.schema import (
-    DEEPSPEED_SETTINGS,
-    NOT_IDENTITY,
-    SET_BY_LLAMAQ,
-    AdapterConfig,
-    CalibrationPart,
-    Component,
-    Config,
-    DeepSpeedConfig,
-    DPOConfig,
-    EvaluateConfig,
-    ExportConfig,
-    SchemeConfig,
-    SpinQuantConfig,
-    TrainingConfig,
-    WandbConfig,
-    cluster_dir,
-    deepspeed_settings,
-    load,
-    packaged_configs,
-    parse_arguments,
-    recipes_dir,
-    resolve,
-)
+from llamaq.config.arguments import parse_arguments
+from llamaq.config.components import Component, instantiate
+from llamaq.config.deepspeed import DEEPSPEED_SETTINGS, SET_BY_LLAMAQ, DeepSpeedConfig, deepspeed_settings
+from llamaq.config.evaluate import EvaluateConfig
+from llamaq.config.export import ExportConfig
+from llamaq.config.installed import cluster_dir, packaged_configs, recipes_dir
+from llamaq.config.load import load, resolve
+from llamaq.config.schema import NOT_IDENTITY, AdapterConfig, Config, SchemeConfig, WandbConfig
+from llamaq.config.spinquant import CalibrationPart, SpinQuantConfig
+from llamaq.config.training import DPOConfig, TrainingConfig
 
 __all__ = [
     "DEEPSPEED_SETTINGS",
@@ -43,6 +29,7 @@ __all__ = [
     "WandbConfig",
     "cluster_dir",
     "deepspeed_settings",
+    "instantiate",
     "load",
     "packaged_configs",
     "parse_arguments",

@@ -1,8 +1,9 @@
-"""Where quantization costs: one linear quantized at a time, one left out at a time; and where models part, by block.
+"""Find where quantization costs: which linear, and after which block two models differ.
 
-The model is the BF16 one rounded to nearest (vanilla PTQ), so what is seen is what training or rotating has to mend.
-Two maps, as they can disagree: errors of different linears add up or cancel. *Alone*: KL of the model in which only
-this linear is quantized (weights and its input). *Left out*: what is saved if all but this one is.
+The model is the BF16 model rounded to nearest (plain PTQ), so the maps show what training or rotations have to mend.
+There are two maps, because errors of different linears can add up or cancel. *Alone* is the KL of a model in which
+only this linear is quantized (its weights and its input). *Left out* is the KL that is saved when everything but this
+linear is quantized.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,28 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamaq.model.causal_lm import HEAD_CHUNK_TOKENS, CausalLM
+from llamaq.model.causal_lm import CausalLM
+from llamaq.model.compare import chunks, kl_divergence
+from llamaq.model.names import LINEARS
 from llamaq.runs.tracking import progress
 
 ENDS = "embedding and head"  # one matrix, so one unit
-LINEARS = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "mlp.w1", "mlp.w3", "mlp.w2")
 
 
 @dataclass
 class Sensitivity:
-    """KL from the full-precision model in nats a token; units are full names of linears, and `ENDS`."""
+    """KL from the full-precision model in nats per token; units are full names of linears, and `ENDS`."""
 
     whole: float  # everything quantized
     alone: dict[str, float]
     left_out: dict[str, float]
 
     def saved(self) -> dict[str, float]:
-        """Unit → KL that leaving it in full precision takes away; below 0 where it covers up another's error."""
+        """Return the KL that each unit saves in full precision; below 0 where its error offsets another one."""
         return {unit: self.whole - kl for unit, kl in self.left_out.items()}
 
 
 def units_of(model: CausalLM) -> dict[str, list[Any]]:
-    """Unit → its modules, whose `fmt` is the format or, for full precision, None."""
+    """Return each unit's modules. Their `fmt` is the integer format they compute in, or None for full precision."""
     units: dict[str, list[Any]] = {
         name: [m] for name, m in model.decoder.named_modules() if name.endswith(LINEARS) and hasattr(m, "fmt")
     }
@@ -42,8 +44,8 @@ def units_of(model: CausalLM) -> dict[str, list[Any]]:
 
 
 @contextmanager
-def formats(units: dict[str, list[Any]], quantized: set[str]) -> Iterator[None]:
-    """Quantize only these units meanwhile."""
+def quantize_only(units: dict[str, list[Any]], quantized: set[str]) -> Iterator[None]:
+    """Quantize only these units inside the `with` block; the others compute in full precision."""
     before = {id(m): m.fmt for modules in units.values() for m in modules}
     try:
         for unit, modules in units.items():
@@ -58,28 +60,27 @@ def formats(units: dict[str, list[Any]], quantized: set[str]) -> Iterator[None]:
 
 @torch.no_grad()
 def sensitivity(model: CausalLM, batches: Sequence[Tensor]) -> Sensitivity:
-    """Both maps of a model whose weights are latent and not adapted.
+    """Measure both maps of a model that has latent weights and no adapters.
 
     Args:
         model: prepared with the scheme, in eval mode; its formats are switched off and on again.
         batches: tokens, each [b, s], on the model's device.
     """
     units = units_of(model)
-    with formats(units, set()):
+    with quantize_only(units, set()):
         reference = [model.hidden(tokens).flatten(0, 1) for tokens in batches]  # [b · s, dim] each
 
     def kl(quantized: set[str]) -> float:
         total = torch.zeros((), dtype=torch.float64)
-        with formats(units, quantized):
+        with quantize_only(units, quantized):
             hidden = [model.hidden(tokens).flatten(0, 1) for tokens in batches]
             head = model.head.quantized_weight()
-            for h, r in zip(hidden, reference, strict=True):
-                for i in range(0, len(h), HEAD_CHUNK_TOKENS):
-                    rows = slice(i, i + HEAD_CHUNK_TOKENS)
-                    q = model.head(h[rows], head).log_softmax(-1)
-                    with formats(units, set()):
-                        p = model.head(r[rows]).log_softmax(-1)
-                    total += (p.exp() * (p - q)).sum().double().cpu()
+            for h, exact in zip(hidden, reference, strict=True):
+                for rows in chunks(len(h)):
+                    logprobs = model.head(h[rows], head).log_softmax(-1)
+                    with quantize_only(units, set()):
+                        target = model.head(exact[rows]).log_softmax(-1)
+                    total += kl_divergence(target, logprobs).sum().double().cpu()
         return float(total) / sum(len(r) for r in reference)
 
     everything, alone, left_out = set(units), {}, {}
@@ -90,50 +91,59 @@ def sensitivity(model: CausalLM, batches: Sequence[Tensor]) -> Sensitivity:
     return Sensitivity(kl(everything), alone, left_out)
 
 
+# --- what to do about it ---------------------------------------------------------------------------------------------
+
+
 def advice(s: Sensitivity) -> list[str]:
-    """What a user can do about it, most telling first."""
-    lines = []
+    """Say in sentences what the maps show and what a user can do about it, the most important first."""
     total = sum(s.alone.values())
-    worst = sorted(s.alone, key=s.alone.__getitem__, reverse=True)
-    shares = ", ".join(f"`{u}` {100 * s.alone[u] / total:.0f} %" for u in worst[:3])
-    lines.append(f"Largest alone: {shares} of the sum over all.")
-    by_kind = {kind: sum(v for u, v in s.alone.items() if u.endswith(kind)) / total for kind in LINEARS}
-    kind, share = max(by_kind.items(), key=lambda item: item[1])
-    even = 1 / len(LINEARS)
-    if by_kind["mlp.w2"] > 2 * even:
-        lines.append(
-            f"`mlp.w2` (down_proj) takes {100 * by_kind['mlp.w2']:.0f} %: its inputs have outliers, which the online "
-            "rotation R4 spreads; `tune run spinquant` tries it."
-        )
-    elif share > 2 * even:
-        lines.append(
-            f"`{kind}` takes {100 * share:.0f} % over all blocks: rotations R1 and R2 act on it; try spinquant."
-        )
-    else:
-        lines.append(
-            "No kind of linear stands out: this is the noise of int4 itself, which training (QAT, LoRA) mends."
-        )
+    worst = sorted(s.alone, key=s.alone.__getitem__, reverse=True)[:3]
+    shares = ", ".join(f"`{u}` {100 * s.alone[u] / total:.0f} %" for u in worst)
+    lines = [f"Quantized alone, the costliest are {shares} of the sum over all.", _advice_on_kinds(s, total)]
     if s.alone[ENDS] > 0.2 * total:
         lines.append(
-            f"The int8 embedding and head take {100 * s.alone[ENDS] / total:.0f} %: rows with single large weights; "
-            "QAT trains them, rotating (R1) evens them out."
+            f"The int8 embedding and head take {100 * s.alone[ENDS] / total:.0f} %: some rows have single large "
+            "weights. QAT trains them; the rotation R1 evens them out."
         )
     gap = s.whole / total if total else 1.0
     if not 0.7 <= gap <= 1.4:
         how = "amplify" if gap > 1 else "partly cancel"
-        lines.append(f"All together cost {gap:.1f} times the sum of each alone: errors {how} each other on the way.")
+        lines.append(f"All together cost {gap:.1f} times the sum of each alone: errors {how} each other.")
     return lines
+
+
+def _advice_on_kinds(s: Sensitivity, total: float) -> str:
+    """Name the kind of linear that takes more than twice its even share over all blocks, if one does."""
+    shares = {kind: sum(kl for unit, kl in s.alone.items() if unit.endswith(kind)) / total for kind in LINEARS}
+    worst = "mlp.w2" if shares["mlp.w2"] > 2 / len(LINEARS) else max(shares, key=shares.__getitem__)
+    if shares[worst] <= 2 / len(LINEARS):
+        return (
+            "No kind of linear stands out: this is the noise of int4 itself. Training with quantization (QAT, LoRA) "
+            "reduces it."
+        )
+    if worst == "mlp.w2":
+        return (
+            f"`mlp.w2` (down_proj) takes {100 * shares[worst]:.0f} %: its inputs have outliers. The online rotation R4 "
+            "spreads them; try `tune run spinquant`."
+        )
+    return (
+        f"`{worst}` takes {100 * shares[worst]:.0f} % over all blocks. The rotations R1 and R2 act on it; try "
+        "`tune run spinquant`."
+    )
+
+
+# --- by block --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def divergence(reference: nn.Module, other: nn.Module, layers: tuple[str, str], tokens: Tensor) -> list[float]:
-    """Relative error of the residual stream after each block, ‖difference‖ / ‖reference‖ over tokens [1, s].
+    """Return the relative error of the residual stream after each block, ‖difference‖ / ‖reference‖ over all tokens.
 
     Args:
         reference: called with tokens.
-        other: likewise; its blocks may have other names.
-        layers: where each keeps its list of blocks, e.g. ("decoder.layers", "layers").
-        tokens: on the device of both.
+        other: called with tokens; its blocks may have other names.
+        layers: where each of the two keeps its list of blocks, e.g. ("decoder.layers", "layers").
+        tokens: [1, s], on the device of both.
     """
     streams = []
     for model, where in zip((reference, other), layers, strict=True):
@@ -151,5 +161,5 @@ def divergence(reference: nn.Module, other: nn.Module, layers: tuple[str, str], 
 
 
 def first_divergence(errors: Sequence[float], limit: float) -> int | None:
-    """The first block whose stream is off by more than `limit`, or None."""
+    """Return the first block after which the stream is off by more than `limit`, or None."""
     return next((i for i, e in enumerate(errors) if e > limit), None)

@@ -1,4 +1,4 @@
-"""A .pte, loaded and run; and what it consists of: every tensor of the checkpoint, bit for bit."""
+"""Load and run a .pte, and check what it holds: every tensor of the checkpoint, bit for bit."""
 
 import os
 from functools import cached_property
@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llamaq.checkpoints.meta import WEIGHTS
 from llamaq.errors import UserError
-from llamaq.export.exporter import quiet
-from llamaq.quiet import without_native_noise
+from llamaq.quiet import filtered_stderr, quiet
 
 
 class Pte:
@@ -21,7 +21,8 @@ class Pte:
     the present one only.
     """
 
-    def __init__(self, path: Path, method: str = "forward"):
+    def __init__(self, path: str | Path, method: str = "forward"):
+        path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such .pte; run export first")
         os.environ.setdefault("ET_LOG_LEVEL", "Error")
@@ -41,7 +42,7 @@ class Pte:
         self.max_tokens_per_call = self.max_seq_length if self.metadata("enable_dynamic_shape") else 1
 
     def metadata(self, name: str) -> Any:
-        """A constant the exporter stored, e.g. get_max_seq_len, get_bos_id, get_eos_ids."""
+        """Return a constant that the exporter stored, e.g. get_max_seq_len, get_bos_id, get_eos_ids."""
         values: Any = self._program.load_method(name).execute([])  # pyright: ignore[reportOptionalMemberAccess]
         return list(values) if name.endswith("s") or len(values) > 1 else values[0]
 
@@ -51,7 +52,7 @@ class Pte:
 
     @cached_property
     def full_logits(self) -> bool:
-        """Whether a call gives the logits of all its tokens (`PteOptions.full_logits`). Asking resets the cache."""
+        """Tell whether a call gives the logits of all its tokens (`export.full_logits`). Asking resets the cache."""
         if self.max_tokens_per_call == 1:
             return False
         n = len(self.rows([0, 0], 0))
@@ -59,25 +60,25 @@ class Pte:
         return n == 2
 
     def rows(self, tokens: list[int], position: int) -> Tensor:
-        """Logits [n, vocab] of one call at `position`: of all tokens if exported with full logits, else of the last."""
-        with without_native_noise():
+        """Return the logits [n, vocab] of one call at `position`: of all tokens with full logits, else of the last."""
+        with filtered_stderr():
             (logits,) = self._forward.execute((torch.tensor([tokens]), torch.tensor([position])))
         return logits.reshape(-1, logits.shape[-1]).clone()
 
     def step(self, tokens: list[int], position: int) -> Tensor:
-        """Logits [vocab] after the last of `tokens`, which stand at `position` and after, in as few calls as can be."""
+        """Return the logits [vocab] after the last of `tokens`, which start at `position`, in the fewest calls."""
         limit = self.max_tokens_per_call
         for at in range(0, len(tokens), limit):
             logits = self.rows(tokens[at : at + limit], position + at)
         return logits[-1]
 
     def logits(self, tokens: list[int]) -> Tensor:
-        """Logits [len(tokens), vocab], one token a call."""
+        """Return logits [len(tokens), vocab] from an empty cache, one token a call."""
         self.reset()
         return torch.stack([self.step([t], i) for i, t in enumerate(tokens)])
 
     def generate(self, prompt: list[int], max_new_tokens: int, stop: list[int]) -> list[int]:
-        """Greedy continuation of a prompt, without the stop token."""
+        """Return the greedy continuation of a prompt, without the stop token."""
         self.reset()
         prompt = prompt[-(self.max_context_length - max_new_tokens - 1) :]
         logits = self.step(prompt, 0)
@@ -92,7 +93,7 @@ class Pte:
 
 
 def check_constants(checkpoint: Path, pte: Path) -> int:
-    """Every tensor of the checkpoint lies in the .pte bit for bit, in the form XNNPACK stores it; returns how many.
+    """Find every tensor of the checkpoint in the .pte bit for bit, in the form XNNPACK stores it; return how many.
 
     int4 codes two to a byte with 8 added, group scales as bf16, adapters and norms as float32, rows as they are
     (executorch/backends/xnnpack/operators/node_visitor.py). This is exact where comparing logits cannot be.
@@ -100,7 +101,7 @@ def check_constants(checkpoint: Path, pte: Path) -> int:
     Raises:
         UserError: naming the first tensors that are not there.
     """
-    tensors = torch.load(checkpoint / "consolidated.00.pth", mmap=True, weights_only=True)
+    tensors = torch.load(checkpoint / WEIGHTS, mmap=True, weights_only=True)
     wanted = {name: _stored_bytes(name, t) for name, t in tensors.items()}
     file = np.memmap(pte, dtype=np.uint8, mode="r")
     # constants start at multiples of 16 bytes: look their first 8 bytes up there, then compare whole
@@ -137,8 +138,8 @@ def _stored_bytes(name: str, t: Tensor) -> np.ndarray:
 
 
 def size_parts(checkpoint: Path, pte: Path) -> dict[str, int]:
-    """Bytes of a quantized .pte by what they hold; tensors as XNNPACK stores them, the rest is the program."""
-    tensors = torch.load(checkpoint / "consolidated.00.pth", mmap=True, weights_only=True)
+    """Count the bytes of a quantized .pte by what they hold; what is not a tensor is the program."""
+    tensors = torch.load(checkpoint / WEIGHTS, mmap=True, weights_only=True)
     parts = dict.fromkeys(("int4 codes", "group scales", "embedding", "head", "adapters", "norms"), 0)
     for name, t in tensors.items():
         if name.startswith("tok_embeddings."):

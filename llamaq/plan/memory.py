@@ -4,113 +4,95 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from llamaq.config import Component, Config, TrainingConfig, deepspeed_settings
-from llamaq.data.datasets import num_micro_batches
+from llamaq.config import Config, TrainingConfig, deepspeed_settings
+from llamaq.data.batches import num_micro_batches
 from llamaq.errors import UserError
-from llamaq.model.causal_lm import HEAD_CHUNK_TOKENS, meta_decoder, pick_device
-from llamaq.runs.run import world_size
-from llamaq.train.engine import uses_deepspeed
+from llamaq.model.build import pick_device
+from llamaq.model.compare import HEAD_CHUNK_TOKENS
+from llamaq.model.shape import Shape, shape_of
+from llamaq.runs.ranks import world_size
+from llamaq.train.deepspeed import uses_deepspeed
 
 GIB = 2**30
 
 
-@dataclass
-class Shape:
-    """Counts of a decoder: all weights, those of block linears, the embedding's, and the sizes that set activations."""
-
-    weights: int
-    linears: int
-    embedding: int
-    layers: int
-    dim: int
-    hidden: int
-    kv_dim: int  # of all key/value heads together
-    kv_heads: int
-    vocab: int
-    adapters_per_rank: int
-
-
-def shape_of(model: Component) -> Shape:
-    """Sizes of a model, from a build on the meta device: no memory."""
-    decoder: Any = meta_decoder(model)
-    linears = [m for n, m in decoder.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")]
-    layer = decoder.layers[0]
-    return Shape(
-        weights=sum(p.numel() for p in decoder.parameters()),
-        linears=sum(m.weight.numel() for m in linears),
-        embedding=decoder.tok_embeddings.weight.numel(),
-        layers=len(decoder.layers),
-        dim=layer.attn.embed_dim,
-        hidden=layer.mlp.w1.out_features,
-        kv_dim=layer.attn.num_kv_heads * layer.attn.head_dim,
-        kv_heads=layer.attn.num_kv_heads,
-        vocab=decoder.tok_embeddings.num_embeddings,
-        adapters_per_rank=sum(m.in_features + m.out_features for m in linears),
-    )
-
-
 def stage_bytes(shape: Shape, training: TrainingConfig, c: Config, seq_len: int, kind: str) -> dict[str, float]:
-    """Bytes one rank holds at a stage's peak, by what for; allocator overhead is not in it.
+    """Return the bytes one rank holds at a stage's peak, by what for; allocator overhead is not in it.
 
     The peak is in the backward pass, either of the head (logits, and all activations still there) or of the first
-    block after it. What a block keeps for its backward pass was counted with `saved_tensors_hooks`;
-    tests/train/test_memory.py holds the sum against the memory of a real process.
+    block after it. tests/plan/test_memory.py holds the sum against the memory of a real process.
 
     Args:
-        shape: the model's counts.
+        shape: the model's sizes.
         training: the stage's settings.
         c: the run's.
         seq_len: tokens of the longest sample.
         kind: qat, qat_lora or qat_dpo.
     """
     latent, adapted, bf16 = kind != "qat_lora", kind != "qat", c.dtype == "bf16"
-    adapters = shape.adapters_per_rank * c.adapters.rank
-    trained = shape.weights * latent + adapters * adapted
+    trained = shape.weights * latent + shape.adapters_per_rank * c.adapters.rank * adapted
     weights, gradients, optimizer = sharded(trained * 4.0, c)
     codes = 0.0 if latent else (shape.linears + shape.embedding) * 1.0
     teacher = shape.weights * 4.0 if training.distill_weight else 0.0
-
     tokens = training.batch_size * seq_len * (2 if kind == "qat_dpo" else 1)
-    x = 2 if bf16 else 4  # bytes of what a matmul reads
-    # a token in a block: what norms keep in float32; of dim, q, k, v and attention's output, inputs fake-quantized for
-    # latent weights (frozen ones need no gradient), inputs of adapters (own copies in bf16); of hidden the same
-    norms, reads, wide = 4 if latent else 2, 4 + 5 * latent + (5 if bf16 else 2) * adapted, 3 + latent + adapted
-    block = tokens * (4.0 * norms * shape.dim + x * (reads * shape.dim + wide * shape.hidden))
-    passing = tokens * 4.0 * (2 * shape.dim + 2 * shape.hidden)  # gradients on their way through a block
-    quantized = shape.linears * float(x)  # what each matmul keeps of its weight
-    kept = shape.layers * block
-    if c.activation_checkpointing:
+
+    block, passing = block_bytes(shape, tokens, latent, adapted, bf16)
+    quantized = shape.linears * (2.0 if bf16 else 4.0)  # what each matmul keeps of its weight
+    if c.activation_checkpointing:  # only the blocks' inputs are kept, and one block is computed again at a time
         inputs = shape.layers * tokens * 4.0 * shape.dim
         at_head, at_block = (inputs, 0.0), (inputs + block + passing, quantized / shape.layers)
     else:
+        kept = shape.layers * block
         at_head, at_block = (kept, quantized), (kept + passing, quantized)
 
     rows = min(tokens, HEAD_CHUNK_TOKENS)
     logits = rows * shape.vocab * (14.0 if bf16 else 12.0)  # themselves, log-probabilities, gradients
     head = shape.embedding * ((6.0 if bf16 else 4.0) + 4.0 * (latent and tokens > rows))  # the last: chunks add up
     accumulates = num_micro_batches(training, world_size()) > 1
-    grown = 1.0 if c.activation_checkpointing else shape.embedding / trained * latent
-    held = {"weights": codes + weights + teacher, "communication buffers": buffers(c)}
-    peaks = [
-        held | {
-            "gradients and optimizer": optimizer + gradients * there,
-            "quantized copies": copies, "activations": activations, "logits": at_logits,
+    grown = (
+        1.0 if c.activation_checkpointing else shape.embedding / trained * latent
+    )  # share of gradients that is there
+
+    def peak(gradient_share: float, copies: float, activations: float, logits: float) -> dict[str, float]:
+        return {
+            "weights": codes + weights + teacher,
+            "communication buffers": buffers(c),
+            "gradients and optimizer": optimizer + gradients * gradient_share,
+            "quantized copies": copies,
+            "activations": activations,
+            "logits": logits,
         }
-        for there, copies, activations, at_logits in (
-            (float(accumulates), at_head[1] + head, at_head[0], logits),
-            (1.0 if accumulates else grown, at_block[1], at_block[0], 0.0),
-        )
-    ]  # fmt: skip
-    return max(peaks, key=lambda parts: sum(parts.values()))
+
+    in_head = peak(float(accumulates), at_head[1] + head, at_head[0], logits)
+    in_block = peak(1.0 if accumulates else grown, at_block[1], at_block[0], 0.0)
+    return max(in_head, in_block, key=lambda parts: sum(parts.values()))
+
+
+def block_bytes(shape: Shape, tokens: int, latent: bool, adapted: bool, bf16: bool) -> tuple[float, float]:
+    """Return the bytes a block keeps for its backward pass, and those of gradients on their way through it.
+
+    Counted with torch's `saved_tensors_hooks`. Of each token a block keeps
+
+        of width dim, float32             what its two norms keep: 4 values if the weights are latent, else 2
+        of width dim, as matmuls read     q, k, v and attention's output: 4; inputs fake-quantized for latent weights,
+                                          whose gradient needs them: 5; adapters' inputs: 2, or 5 in bf16 (copies)
+        of width hidden, as matmuls read  3 of the MLP, one more if latent, one more with adapters
+
+    1B (dim 2048, hidden 8192) in qat, bf16: 4 · 4 · 2048 + 2 · (9 · 2048 + 4 · 8192) = 135 kB a token and block.
+    """
+    x = 2 if bf16 else 4  # bytes of what a matmul reads
+    norms = 4 if latent else 2
+    reads = 4 + 5 * latent + (5 if bf16 else 2) * adapted
+    wide = 3 + latent + adapted
+    kept = tokens * (4.0 * norms * shape.dim + x * (reads * shape.dim + wide * shape.hidden))
+    return kept, tokens * 4.0 * (2 * shape.dim + 2 * shape.hidden)
 
 
 def buffers(c: Config) -> float:
-    """Bytes of the buckets that DeepSpeed gathers gradients in before it adds them up."""
+    """Return the bytes of the buckets in which DeepSpeed gathers gradients before it adds them up."""
     if not uses_deepspeed(c):
         return 0.0
     zero = deepspeed_settings(c).get("zero_optimization", {})
@@ -120,7 +102,7 @@ def buffers(c: Config) -> float:
 
 
 def sharded(weights: float, c: Config) -> tuple[float, float, float]:
-    """Bytes of float32 weights, of their gradients, and of Adam's two moments, as one rank holds them on its device.
+    """Return the bytes of float32 weights, their gradients and Adam's two moments that one rank holds on its device.
 
     ZeRO works on a second, sharded copy of the weights, which is counted with the moments.
     """
@@ -138,15 +120,15 @@ def sharded(weights: float, c: Config) -> tuple[float, float, float]:
 
 
 def disk_bytes(shape: Shape, c: Config) -> float:
-    """Bytes of a whole run's folder: latent weights twice, codes, the .pte, and the checkpoints of one stage."""
+    """Return the bytes of a whole run's folder: latent weights twice, codes, the .pte, checkpoints of one stage."""
     keep = max((t.keep_checkpoints for t in (c.qat, c.qat_lora, c.qat_dpo) if t), default=-1) + 1
     latent = shape.weights * 4.0
     return latent * (4 if c.evaluate.control else 2) + shape.weights * 2.5 + keep * shape.weights * 12.0
 
 
 def spinquant_bytes(shape: Shape, c: Config, seq_len: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes SpinQuant holds on the device and in host memory at its peaks, by what for; an estimate, as above."""
-    s = c.rotations
+    """Return the bytes SpinQuant holds at its peaks on the device and in host memory, by what for; an estimate."""
+    s = c.section("spinquant")
     tokens = s.batch_size * seq_len
     moments = 4.0 * shape.layers * (2 * shape.dim**2 + shape.dim**2)  # two sites; values' blocks are at most one more
     batch = 4.0 * (tokens * (shape.layers * shape.dim + 8 * shape.dim + 4 * shape.hidden))
@@ -160,7 +142,7 @@ def spinquant_bytes(shape: Shape, c: Config, seq_len: int) -> tuple[dict[str, fl
 
 
 def evaluate_bytes(shape: Shape, c: Config) -> dict[str, float]:
-    """Bytes held while held-out text is read by one model and those it is compared with, float32."""
+    """Return the bytes held while one model and those it is compared with read held-out text, float32."""
     models = 2 + (c.evaluate.control and c.spinquant is None)
     return {
         "models": 4.0 * models * shape.weights,
@@ -170,7 +152,7 @@ def evaluate_bytes(shape: Shape, c: Config) -> dict[str, float]:
 
 
 def export_bytes(shape: Shape, c: Config) -> dict[str, float]:
-    """Bytes the host holds while ExecuTorch exports a quantized model; fitted to exports of 30 M to 1 B weights.
+    """Return the bytes the host holds while ExecuTorch exports a model; fitted to exports of 30 M to 1 B weights.
 
     A weight of a block lies there about six times at the peak: its codes as a byte each in checkpoint, model and two
     traced programs, and packed in delegates, program and file.
@@ -183,11 +165,12 @@ def export_bytes(shape: Shape, c: Config) -> dict[str, float]:
 
 
 def phone_bytes(shape: Shape, c: Config, adapters: bool) -> dict[str, float]:
-    """Resident bytes of a process that runs the exported file, at its peak and by what for; float32 activations.
+    """Return the resident bytes of a process that runs the exported file, at its peak and by what for.
 
-    XNNPACK copies what it multiplies with, so that only the embedding stays a part of the mapped file. KV cache and
-    activations (ExecuTorch's planned memory, XNNPACK's workspace) are of the export's lengths, not of the prompt's.
-    Counts of buffers were read off files of both kinds and are measured in tests/export/test_memory.py.
+    Activations are float32. XNNPACK copies what it multiplies with, so that only the embedding stays a part of the
+    mapped file. KV cache and activations (ExecuTorch's planned memory, XNNPACK's workspace) have the export's lengths,
+    not the prompt's.
+    Counts of buffers were read off files of both kinds and are measured in tests/plan/test_memory.py.
 
     Args:
         shape: the model's counts.
@@ -214,13 +197,13 @@ def phone_bytes(shape: Shape, c: Config, adapters: bool) -> dict[str, float]:
 
 
 def plan_length(c: Config) -> int:
-    """Tokens of the longest sample."""
+    """Return the tokens of the longest sample."""
     return c.tokenizer.get("max_seq_len") or c.export.max_context_length
 
 
 @dataclass
-class Need:
-    """A line of the plan: bytes at a place, by what for."""
+class Requirement:
+    """A line of the plan: how many bytes something needs at a place, by what for."""
 
     what: str
     where: str
@@ -240,14 +223,14 @@ class Need:
         return f"{self.what:>10}: about {self.bytes / GIB:6.2f} GiB{there} on {self.where} ({detail}){warning}"
 
 
-def memory_plan(c: Config, seq_len: int) -> list[Need]:
-    """What each stage needs of a rank, evaluation and export of their machine, and the exported file of a phone."""
+def memory_plan(c: Config, seq_len: int) -> list[Requirement]:
+    """Return what each stage needs of a rank, evaluation and export of their machine, and the file of a phone."""
     shape, device = shape_of(c.model), pick_device(c.device)
     available, host = _memory(device), _memory(torch.device("cpu"))
     remedy = "lower batch_size, set activation_checkpointing=true" + " or deepspeed.config=zero3" * uses_deepspeed(c)
     each = f" on each of {world_size()} ranks" if world_size() > 1 else ""
     plan = [
-        Need(kind, f"{device}{each}", stage_bytes(shape, training, c, seq_len, kind), available, remedy)
+        Requirement(kind, f"{device}{each}", stage_bytes(shape, training, c, seq_len, kind), available, remedy)
         for kind in ("qat", "qat_lora", "qat_dpo")
         if (training := getattr(c, kind)) is not None
     ]
@@ -255,19 +238,19 @@ def memory_plan(c: Config, seq_len: int) -> list[Need]:
         on_device, on_host = spinquant_bytes(shape, c, seq_len)
         remedy = "lower spinquant.batch_size, or the windows' tokenizer.max_seq_len"
         if device.type == "cpu":
-            plan.append(Need("spinquant", "cpu", on_device | on_host, available, remedy))
+            plan.append(Requirement("spinquant", "cpu", on_device | on_host, available, remedy))
         else:
-            plan.append(Need("spinquant", str(device), on_device, available, remedy))
-            plan.append(Need("its host", "the host", on_host, host, "lower num_samples"))
+            plan.append(Requirement("spinquant", str(device), on_device, available, remedy))
+            plan.append(Requirement("its host", "the host", on_host, host, "lower num_samples"))
     adapters = c.spinquant is None and c.export.stage != "qat"
-    plan.append(Need("evaluate", str(device), evaluate_bytes(shape, c), available, "evaluate with device=cpu"))
-    plan.append(Need("export", "the host", export_bytes(shape, c), host, "export on a larger machine"))
-    plan.append(Need("model.pte", "the phone", phone_bytes(shape, c, adapters)))
+    plan.append(Requirement("evaluate", str(device), evaluate_bytes(shape, c), available, "evaluate with device=cpu"))
+    plan.append(Requirement("export", "the host", export_bytes(shape, c), host, "export on a larger machine"))
+    plan.append(Requirement("model.pte", "the phone", phone_bytes(shape, c, adapters)))
     return plan
 
 
 def state_plan(c: Config, seq_len: int) -> str:
-    """The plan as a table, after a check that the disk will do.
+    """Return the plan as a table, after a check that the disk has room.
 
     Raises:
         UserError: less free disk than the run's folder will take.

@@ -1,17 +1,20 @@
-"""Everything that can be found wrong before the first step is: settings of every stage, data files, model, disk."""
+"""Check everything that a run will read before its first step: settings of every stage, data files, model, disk."""
 
 import torch
 from torch import nn
 
-from llamaq.checkpoints.quantized import model_params
+from llamaq.checkpoints.meta import model_params
 from llamaq.config import Config, TrainingConfig
-from llamaq.data.datasets import build_tokenizer, check_files, check_ranks
-from llamaq.model.causal_lm import instantiate, meta_decoder, pick_device
-from llamaq.plan.memory import plan_length, shape_of, state_plan
+from llamaq.config.components import instantiate
+from llamaq.data.batches import check_ranks
+from llamaq.data.datasets import check_files
+from llamaq.data.tokenizer import build_tokenizer
+from llamaq.model.build import meta_decoder, pick_device, scheme_of
+from llamaq.model.shape import shape_of
+from llamaq.plan.memory import plan_length, state_plan
 from llamaq.quant.prepare import prepare
-from llamaq.quant.scheme import Scheme
-from llamaq.runs.run import world_size
-from llamaq.train.engine import check_deepspeed, check_optimizer, uses_deepspeed
+from llamaq.runs.ranks import world_size
+from llamaq.train.deepspeed import check_deepspeed, check_optimizer, uses_deepspeed
 
 
 def preflight(c: Config) -> str:
@@ -24,7 +27,7 @@ def preflight(c: Config) -> str:
     if uses_deepspeed(c):
         check_deepspeed(c, device.type)
     decoder = meta_decoder(c.model)
-    prepare(decoder, Scheme(group_size=c.scheme.group_size))
+    prepare(decoder, scheme_of(c))
     model_params(decoder)
     build_tokenizer(c.tokenizer, shape_of(c.model).vocab)
     for name in ("qat", "qat_lora", "qat_dpo", "base"):

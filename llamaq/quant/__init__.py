@@ -1,1 +1,1 @@
-"""The numerics: the scheme, the modules that train under it, and how a model is prepared and frozen."""
+"""The numerics: the scheme, the modules that train under it, and functions that prepare and freeze a model."""

@@ -1,10 +1,29 @@
-"""The modules a model is made of while it trains: linears, embedding, head and adapters of the scheme.
+"""Train under the scheme: linears, embedding, head and adapters that compute what the exported file computes.
 
-A linear is in one of two states. *Latent*: a float `weight`, fake-quantized on every forward pass (stages 1 and 3).
-*Frozen*: int8 `codes` and float32 `scales`, nothing to train but the adapter (stage 2, and what ships). Both compute
-the same bits. The adapter reads the unquantized input and is never merged:  y = Q(W) Q(x) + alpha/rank · B A x.
+A linear has one of two states, and both compute the same bits:
 
-A format of None switches quantization off: that is the BF16 control, the same modules and adapters in full precision.
+    latent    a float `weight`, fake-quantized in every forward pass; it can be trained
+    frozen    int8 `codes` and float32 `scales`; only the adapter can be trained
+
+    stage 1 (QAT)     latent weights, no adapters                       weights are trained
+    stage 2 (LoRA)    frozen weights, adapters                          adapters are trained
+    stage 3 (DPO)     latent weights, adapters                          both are trained
+    what ships        frozen weights, adapters if they were trained
+
+With Q for quantize and dequantize, a linear with an adapter computes
+
+    y = Q(W) Q(x) + alpha / rank · B A x
+
+The adapter reads the unquantized input and is never merged into W. Example: one output, the weights and the token of
+the examples in `llamaq.quant.scheme`, and an adapter of rank 1 with alpha / rank = 2.
+
+    Q(W) = ( 0.7007  −0.6006  0.3003      0)
+    Q(x) = (−0.5      0.12    1.0      2.05)     Q(W) Q(x)     = −0.1221
+    x    = (−0.5      0.123   1.0      2.05)     2 · B A x     =  0.246      A = (0 1 0 0), B = (1)
+                                                 y             =  0.1239
+
+A format of None switches quantization off. The BF16 control is trained like that: the same modules and adapters in full
+precision.
 """
 
 import math
@@ -25,10 +44,10 @@ from llamaq.quant.scheme import (
 
 
 class Adapter(nn.Module):
-    """LoRA (https://arxiv.org/abs/2106.09685): `scale · B(A(x))`, A [rank, in], B [out, rank].
+    """A LoRA adapter (https://arxiv.org/abs/2106.09685): `alpha / rank · B(A(x))`, A [rank, in], B [out, rank].
 
-    Weights are trained in float32 and used at their bfloat16 values, which is what the checkpoint stores. B starts at
-    zero, so a fresh adapter changes nothing.
+    The checkpoint stores adapters in bfloat16. So they are trained in float32 and used at their bfloat16 values. B
+    starts at zero, so a fresh adapter changes nothing.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, device=None):
@@ -39,10 +58,11 @@ class Adapter(nn.Module):
 
     @property
     def scale(self) -> float:
+        """Return what the output is multiplied by. ExecuTorch's loader fixes it at 2."""
         return self.alpha / self.rank
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """A as in torchtune and PEFT (kaiming uniform with a = √5, i.e. ±1/√in); B zero."""
+        """Set A as torchtune and PEFT do (Kaiming uniform with a = √5, which is ±1/√in), and B to zero."""
         nn.init.uniform_(self.a, -1 / math.sqrt(self.a.shape[1]), 1 / math.sqrt(self.a.shape[1]), generator=generator)
         nn.init.zeros_(self.b)
 
@@ -51,7 +71,7 @@ class Adapter(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """What both states share: int8 dynamic activations, and perhaps an adapter."""
+    """A linear without bias in either state: it quantizes its input and adds its adapter, if there is one."""
 
     def __init__(self, in_features: int, out_features: int, fmt: WeightFormat | None):
         super().__init__()
@@ -59,7 +79,7 @@ class QuantizedLinear(nn.Module):
         self.adapter: Adapter | None = None
 
     def quantized_weight(self) -> Tensor:
-        """The weight the matmul sees, float32 [out, in]."""
+        """Return the weight that the matmul uses: float32 [out, in]."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +88,7 @@ class QuantizedLinear(nn.Module):
 
 
 class LatentLinear(QuantizedLinear):
-    """Float weight [out, in], fake-quantized on every forward pass."""
+    """A linear with a float weight [out, in], fake-quantized in every forward pass."""
 
     def __init__(self, weight: Tensor, fmt: WeightFormat | None):
         super().__init__(weight.shape[1], weight.shape[0], fmt)
@@ -79,7 +99,7 @@ class LatentLinear(QuantizedLinear):
 
 
 class FrozenLinear(QuantizedLinear):
-    """Integer codes int8 [out, in] and scales float32 [out, in / group_size]."""
+    """A linear with int8 codes [out, in] and float32 scales [out, in / group_size]."""
 
     fmt: WeightFormat
     codes: Tensor
@@ -95,7 +115,11 @@ class FrozenLinear(QuantizedLinear):
 
 
 class LatentEmbedding(nn.Module):
-    """Embedding [vocab, dim] with int8 rows. Only the rows looked up are fake-quantized: a row has its own scale."""
+    """An embedding with a float weight [vocab, dim] and one int8 scale per row.
+
+    Each row has its own scale, so only the rows that are looked up need to be fake-quantized: a few thousand of Llama's
+    128,256.
+    """
 
     def __init__(self, weight: Tensor, fmt: WeightFormat | None):
         super().__init__()
@@ -111,7 +135,7 @@ class LatentEmbedding(nn.Module):
 
 
 class FrozenEmbedding(nn.Module):
-    """Embedding as codes int8 [vocab, dim] and scales float32 [vocab, 1]."""
+    """An embedding with int8 codes [vocab, dim] and float32 scales [vocab, 1]."""
 
     codes: Tensor
     scales: Tensor
@@ -130,9 +154,10 @@ class FrozenEmbedding(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """The classification head: the embedding's matrix, int8 rows, over int8 dynamic activations.
+    """The classification head: the embedding's matrix with int8 rows, applied to int8 dynamic activations.
 
-    The embedding is held in a tuple so that it is not registered a second time: one parameter, one state-dict key.
+    A tuple holds the embedding, so that torch does not register it a second time: there is one parameter, under one
+    state-dict key.
     """
 
     def __init__(self, embedding: LatentEmbedding | FrozenEmbedding):
@@ -140,25 +165,30 @@ class TiedHead(nn.Module):
         self._embedding = (embedding,)
 
     def quantized_weight(self) -> Tensor:
-        """Float32 [vocab, dim]."""
+        """Return the embedding's matrix as the matmul uses it: float32 [vocab, dim]."""
         return self._embedding[0].quantized_weight()
 
     def forward(self, h: Tensor, w: Tensor | None = None) -> Tensor:
-        """Logits [..., vocab] of h [..., dim]; `w` is a `quantized_weight()` made earlier, for calls in chunks."""
+        """Return the logits [..., vocab] of h [..., dim].
+
+        Args:
+            h: the decoder's output.
+            w: an earlier result of `quantized_weight()`. Callers that take the sequence in chunks compute it once.
+        """
         h = fake_quantize_activation(h) if self._embedding[0].fmt else h
         return F.linear(h, self.quantized_weight() if w is None else w)
 
 
 class UntiedHead(TiedHead):
-    """A head with a matrix of its own, which rotating a model makes of a tied one. Computes as `TiedHead` does."""
+    """A head with its own matrix, which computes as `TiedHead` does. Rotating a model unties its head."""
 
     def __init__(self, matrix: LatentEmbedding | FrozenEmbedding):
         super().__init__(matrix)
         self.matrix = matrix
 
 
-def frozen(module: LatentLinear | LatentEmbedding) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a latent module: the only place where scales are derived from weights for keeps."""
+def codes_and_scales(module: LatentLinear | LatentEmbedding) -> tuple[Tensor, Tensor]:
+    """Return the codes and scales of a latent module, to freeze it. After this no scale is computed again."""
     assert module.fmt is not None, "a full-precision module has no codes"
     scales = choose_scales(module.weight, module.fmt)
     return quantize(module.weight, scales, module.fmt), scales

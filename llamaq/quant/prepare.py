@@ -1,7 +1,7 @@
-"""Turn a float model into one of the scheme, add adapters, freeze it.
+"""Turn a float model into a quantized one: prepare it, add adapters, freeze it.
 
-Works on any `nn.Module` whose linears have names; knows nothing of torchtune. The order is prepare → (add adapters)
-→ (freeze), each in place and returning the model.
+The functions work on any `nn.Module`; they find linears by their names. Call them in the order `prepare`,
+`add_adapters`, `freeze`; the last two are optional. Each changes the model in place and returns it.
 """
 
 import re
@@ -19,7 +19,7 @@ from llamaq.quant.modules import (
     QuantizedLinear,
     TiedHead,
     UntiedHead,
-    frozen,
+    codes_and_scales,
 )
 from llamaq.quant.scheme import Scheme
 
@@ -34,14 +34,33 @@ def prepare(
     embedding: str = "tok_embeddings",
     head: str = "output",
 ) -> nn.Module:
-    """Swap every linear whose full name matches, the embedding and the head for their latent versions.
+    """Replace linears, embedding and head by their latent versions.
 
-    Parameters keep their storage and their names (but for a head that is not tied), so a float state dict still loads.
-    With scheme None the same modules compute in full precision: the BF16 control.
+    Parameters keep their storage and their names, so a float state dict still loads. (The matrix of an untied head gets
+    a new name.)
+
+    Args:
+        model: a float model.
+        scheme: the numerics; with None the same modules compute in full precision, for the BF16 control.
+        linears: which linears to replace, by their full names.
+        embedding: name of the embedding.
+        head: name of the head: an `nn.Linear`, or whatever the model calls where the head is tied.
 
     Raises:
-        UserError: a row that the group size does not divide, a bias, or nothing to quantize.
+        UserError: the group size does not divide a row, a linear has a bias, or no linear matches.
     """
+    _prepare_linears(model, scheme, linears)
+    old = model.get_submodule(embedding)
+    assert isinstance(old, nn.Embedding)
+    new = LatentEmbedding(old.weight, scheme.rows if scheme else None)
+    replace(model, embedding, new)
+    own = getattr(model, head)
+    untied = isinstance(own, nn.Linear)
+    setattr(model, head, UntiedHead(LatentEmbedding(own.weight, new.fmt)) if untied else TiedHead(new))
+    return model
+
+
+def _prepare_linears(model: nn.Module, scheme: Scheme | None, linears: re.Pattern[str]) -> None:
     found = [(name, m) for name, m in model.named_modules() if linears.fullmatch(name) and isinstance(m, nn.Linear)]
     if not found:
         raise UserError(f"the model has no linear named like {linears.pattern}: nothing to quantize")
@@ -54,18 +73,10 @@ def prepare(
         if linear.bias is not None:
             raise UserError(f"{name} has a bias; the scheme has none")
         replace(model, name, LatentLinear(linear.weight, scheme.linear if scheme else None))
-    old = model.get_submodule(embedding)
-    assert isinstance(old, nn.Embedding)
-    new = LatentEmbedding(old.weight, scheme.rows if scheme else None)
-    replace(model, embedding, new)
-    own = getattr(model, head)
-    untied = isinstance(own, nn.Linear)
-    setattr(model, head, UntiedHead(LatentEmbedding(own.weight, new.fmt)) if untied else TiedHead(new))
-    return model
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, seed: int = 0) -> nn.Module:
-    """Give every quantized linear a fresh adapter, the same one for the same seed on any device and rank."""
+    """Give every quantized linear a fresh adapter. The same seed gives the same values on any device and rank."""
     generator = torch.Generator().manual_seed(seed)
     for linear in quantized_linears(model).values():
         device = next(t.device for t in [*linear.parameters(), *linear.buffers()])
@@ -76,14 +87,17 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, seed: int = 0) -> nn
 
 
 def freeze(model: nn.Module, head: str = "output") -> nn.Module:
-    """Replace latent weights by codes and scales (full-precision ones stay); only adapters remain trainable."""
+    """Replace latent weights by codes and scales, and let only adapters be trained.
+
+    Modules without a format (full precision) keep their weights.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, LatentLinear) and module.fmt:
-            new = FrozenLinear(*frozen(module), module.fmt)
+            new = FrozenLinear(*codes_and_scales(module), module.fmt)
             new.adapter = module.adapter
             replace(model, name, new)
         elif isinstance(module, LatentEmbedding) and module.fmt:
-            new = FrozenEmbedding(*frozen(module), module.fmt)
+            new = FrozenEmbedding(*codes_and_scales(module), module.fmt)
             replace(model, name, new)
             own = name.startswith(f"{head}.")
             if own or not isinstance(getattr(model, head), UntiedHead):
@@ -95,7 +109,10 @@ def freeze(model: nn.Module, head: str = "output") -> nn.Module:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Fold full-precision adapters into their weights, W + scale · B A. Never done to a quantized model."""
+    """Add each adapter to its full-precision weight: W + scale · B A. For the BF16 control only.
+
+    A quantized model keeps its adapters apart: merging would change W, and with it the codes.
+    """
     for linear in quantized_linears(model).values():
         assert isinstance(linear, LatentLinear) and linear.fmt is None, "merging needs full-precision weights"
         if linear.adapter is not None:
@@ -106,17 +123,17 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """Full name → linear of the scheme, in the model's order."""
+    """Return the model's quantized linears by full name, in the model's order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this full name belongs to an adapter."""
+    """Tell whether the parameter with this full name belongs to an adapter."""
     return ".adapter." in name
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in another's place; what was hooked in front of the old one (SpinQuant's R4) stays there."""
+    """Put a module in the place of another and keep the old one's forward pre-hooks (SpinQuant's R4)."""
     parent, _, leaf = name.rpartition(".")
     new._forward_pre_hooks = model.get_submodule(name)._forward_pre_hooks
     setattr(model.get_submodule(parent), leaf, new)

@@ -1,1 +1,1 @@
-"""The report of a run: the page, its plots, and the model card."""
+"""The report of a run: the facts it states, its page and tables, its plots, and the model card."""

@@ -1,4 +1,4 @@
-"""What every recipe's `main` does: read settings, join the process group, run, print user errors on one line."""
+"""The `main` of every recipe: read settings, join the process group, run, print user errors on one line."""
 
 import os
 import sys
@@ -8,7 +8,8 @@ from datetime import timedelta
 
 from llamaq.config import Config, load, parse_arguments
 from llamaq.errors import UserError
-from llamaq.runs.run import Run, rank
+from llamaq.runs.ranks import from_rank_zero, rank
+from llamaq.runs.run import Run
 from llamaq.runs.workers import check_workers
 
 # the other ranks wait while rank 0 converts, exports and evaluates: an hour for 3B
@@ -16,7 +17,7 @@ PATIENCE = timedelta(hours=6)
 
 
 def main(recipe: Callable[[Run], None], usage: str | None) -> None:
-    """Run a recipe with the settings on the command line; exits with 1 and one line on a user's error.
+    """Run a recipe with the settings on the command line; exit with 1 and one line on a user's error.
 
     Args:
         recipe: gets the opened run; every rank calls it.
@@ -26,7 +27,7 @@ def main(recipe: Callable[[Run], None], usage: str | None) -> None:
         config = load(*parse_arguments(sys.argv[1:], usage or ""))
         join_process_group(config)
         run = Run(config)
-        check_workers(run)
+        check_workers(config, from_rank_zero(lambda: run.id))
         recipe(run)
     except UserError as e:
         who = f"[rank {rank()}] " if rank() else ""
@@ -39,7 +40,7 @@ def main(recipe: Callable[[Run], None], usage: str | None) -> None:
 
 
 def join_process_group(c: Config) -> None:
-    """Under torchrun, join the group; in one process there is none, unless DeepSpeed is asked for by name."""
+    """Join the process group under torchrun; in one process there is one only if DeepSpeed is asked for by name."""
     import torch
     import torch.distributed as dist
 
@@ -59,12 +60,12 @@ def join_process_group(c: Config) -> None:
 
 
 def backend(on_gpu: bool) -> str:
-    """Tensors travel by NCCL where there are GPUs; Python objects, and everything on a CPU, by gloo."""
+    """Return the backend: NCCL for tensors on GPUs, gloo for Python objects and everything on a CPU."""
     return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
 
 
 def leave_process_group(code: int = 0) -> None:
-    """Last words of a rank; in one process without a group, nothing.
+    """Destroy the process group and end the process; do nothing without a group.
 
     The process ends here and not with the interpreter: gloo's threads may still hold a tensor of the last collective,
     and one that asks for the GIL while Python shuts down aborts a run that is done (torch 2.13, pytorch issue 190489;

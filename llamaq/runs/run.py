@@ -1,224 +1,70 @@
-"""Stages, their folders and manifests: what makes running the same command again the way to resume.
+"""A run: one output folder, its stages, and why running the same command again is the way to resume.
 
-A stage takes folders and settings and gives one folder, `output_dir/<stage>/`, with a `manifest.json` beside its
-files: inputs by content hash, resolved settings, scheme, package versions, metrics, and the SHA-256 of every file. It
-is written as `<stage>.partial/` and renamed into place, so a folder that exists is whole. Its *identity* is the hash
-of its settings (paths replaced by the content they lead to) and its inputs; a stage runs again only when that changes,
-and the folder it replaces is kept under `superseded/`.
+A stage takes folders and settings and gives one folder, `output_dir/<stage>/`, with a `manifest.json` beside its files
+(see `llamaq.runs.manifest`). It is written as `<stage>.partial/` and renamed into place, so a folder that exists is
+whole. A stage runs again only when its identity changes, and the folder it replaces is kept under `superseded/`.
 
 Every rank calls the same functions; rank 0 decides and writes, the others wait and read.
 """
 
-import contextlib
-import errno
 import fcntl
 import hashlib
 import json
-import os
-import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, is_dataclass
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-import torch.distributed as dist
-
-from llamaq.config import NOT_IDENTITY, Config
+from llamaq.config import Config
+from llamaq.config.view import View
 from llamaq.errors import UserError
-from llamaq.quant.scheme import Scheme
+from llamaq.runs.files import naming_full_disk, sha256_file, sha256_json, write_json
+from llamaq.runs.manifest import (
+    CHECKPOINTS,
+    MANIFEST,
+    STARTED,
+    content_hash,
+    identity_of,
+    list_files,
+    name_changes,
+    package_versions,
+    read_manifest,
+    verify,
+)
+from llamaq.runs.ranks import from_rank_zero, say
+from llamaq.runs.tracking import METRICS, Tracker
 
-MANIFEST = "manifest.json"
-METRICS = "metrics.jsonl"
-STARTED = "started.json"  # in a stage's partial folder: the identity it was begun with
-CHECKPOINTS = "checkpoints"
-LAUNCHER = "ray"  # what Ray Train keeps in the run's folder; made before the run is opened
-PACKAGES = ("llamaq", "torch", "torchao", "torchtune", "executorch", "wandb", "ray", "deepspeed")
-
-
-# --- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(text: str) -> None:
-    """Print on rank 0, at once: what a run tells its user."""
-    if rank() == 0:
-        print(text, flush=True)
-
-
-def from_rank_zero(make: Callable[[], Any]) -> Any:
-    """Rank 0 computes, every rank gets the result; an exception on rank 0 is raised on all of them."""
-    if world_size() == 1:
-        return make()
-    box: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            box[0] = make()
-        except Exception as e:
-            box[1] = _sendable(e)
-    dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
-
-
-def on_rank_zero(build: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:
-    """A stage's work that is one process's, such as conversion and export; the other ranks wait."""
-    return lambda folder: from_rank_zero(lambda: build(folder))
-
-
-def everywhere(make: Callable[[], Any]) -> list[Any]:
-    """Every rank computes, every rank gets all results in rank order; an exception on one is raised on all of them."""
-    if world_size() == 1:
-        return [make()]
-    boxes: list[Any] = [None] * world_size()
-    mine: tuple[Any, Exception | None] = (None, None)
-    try:
-        mine = (make(), None)
-    except Exception as e:
-        mine = (None, _sendable(e))
-    dist.all_gather_object(boxes, mine)
-    for who, (_, error) in enumerate(boxes):
-        if isinstance(error, UserError) and who != rank():
-            raise UserError(f"rank {who}: {error}")
-        if error is not None:
-            raise error
-    return [result for result, _ in boxes]
-
-
-def _sendable(e: Exception) -> Exception:
-    """The exception, or its words if it cannot be pickled: the other ranks are waiting for it."""
-    try:
-        pickle.loads(pickle.dumps(e))
-        return e
-    except Exception:
-        return RuntimeError(f"{type(e).__name__}: {e}")
-
-
-# --- hashing ---------------------------------------------------------------------------------------------------------
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sha256_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def content_hash(path: Path) -> str:
-    """Hash of a file's bytes, or of a folder's files and their names; a stage folder's is in its manifest."""
-    if path.is_file():
-        return sha256_file(path)
-    if (path / MANIFEST).is_file():
-        return read_manifest(path)["content"]
-    return sha256_json({p.relative_to(path).as_posix(): sha256_file(p) for p in _files(path)})
-
-
-def identity_of(settings: Any) -> Any:
-    """Settings as they enter a stage's identity: without what changes speed only, and with paths by content."""
-    if is_dataclass(settings) and not isinstance(settings, type):
-        settings = asdict(settings)
-    if isinstance(settings, dict):
-        return {k: identity_of(v) for k, v in settings.items() if k not in NOT_IDENTITY}
-    if isinstance(settings, (list, tuple)):
-        return [identity_of(v) for v in settings]
-    if isinstance(settings, str) and os.sep in settings and os.path.exists(settings):
-        return f"sha256:{content_hash(Path(settings))}"
-    return settings
-
-
-def _files(folder: Path) -> list[Path]:
-    """A stage's own files: not the manifest, nor what only an unfinished stage has."""
-    paths = (p for p in folder.rglob("*") if p.is_file())
-    return sorted(p for p in paths if p.relative_to(folder).parts[0] not in (MANIFEST, STARTED, CHECKPOINTS))
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def naming_full_disk(what: str) -> Iterator[None]:
-    """Turn "no space left on device" into an error that names what was being written and what to do."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space left while writing {what}; nothing finished is lost: free some space (superseded/ and *.partial "
-            "folders can go) and run the same command again"
-        ) from e
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename, so that a reader sees the old file or the new one."""
-    with naming_full_disk(str(path)):
-        tmp = path.with_name(path.name + ".tmp")
-        with tmp.open("w") as f:
-            json.dump(value, f, indent=1, default=str)
-            f.flush()
-            os.fsync(f.fileno())
-        tmp.replace(path)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / MANIFEST).read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{folder / MANIFEST} is torn ({e}); delete {folder} to run its stage again") from e
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """Check every file of a finished stage against its manifest and return the manifest.
-
-    Raises:
-        UserError: a file is missing, truncated or altered; the message names it.
-    """
-    manifest = read_manifest(folder)
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            problem = "is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            problem = f"has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        elif sha256_file(path) != expected["sha256"]:
-            problem = "does not match its SHA-256"
-        else:
-            continue
-        raise UserError(f"{path} {problem}: the file is damaged; delete {folder} to run its stage again")
-    return manifest
-
-
-# --- the launcher ---------------------------------------------------------------------------------------------------
+Build = Callable[[Path], "dict[str, Any] | None"]
 
 
 class Hooks:
     """What a training run asks of whoever launched it. Nothing, unless the launcher can take its machines away."""
 
+    folder: str | None = None  # what the launcher keeps in `output_dir`, made before the run is opened
+
     def due(self) -> bool:
-        """Whether it is time to ask `preempted`; quick, each rank for itself."""
+        """Tell whether it is time to ask `preempted`; quick, each rank for itself."""
         return False
 
     def preempted(self) -> bool:
-        """Whether a machine is about to be taken away and a checkpoint should be written now. All ranks call it."""
+        """Tell whether a machine is about to be taken away, so that a checkpoint is due now. All ranks call it."""
         return False
 
     def checkpointed(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        """A checkpoint was written. All ranks call it."""
+        """Take note that a checkpoint was written. All ranks call it."""
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
+@dataclass
+class Session:
+    """Where a training stage keeps its checkpoints and numbers, and whom it tells of them."""
+
+    stage: str
+    folder: Path
+    tracker: Callable[[int], Tracker]  # opens the stage's log after so many steps
+    hooks: Hooks = field(default_factory=Hooks)
 
 
 class Run:
@@ -235,9 +81,8 @@ class Run:
         self.config = config
         self.hooks = hooks or Hooks()
         self._patience = patience
-        self.scheme = Scheme(group_size=config.scheme.group_size)
         self.folder = Path(config.output_dir)
-        self.executed: list[str] = []  # stages that ran in this process, for tests and the closing line
+        self.executed: list[str] = []  # stages that ran in this process
         self._verified: dict[str, dict[str, Any]] = {}
         self._lock: IO[str] | None = None
         from_rank_zero(self._open)
@@ -255,7 +100,7 @@ class Run:
                         f"output_dir={self.folder} holds another run ({key} was {before.get(key)}, now {value}); "
                         "choose another output_dir"
                     )
-        elif self.folder.is_dir() and any(p.name != LAUNCHER for p in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(p.name != self.hooks.folder for p in self.folder.iterdir()):
             raise UserError(f"output_dir={self.folder} is not empty and is not a llamaq run; choose another folder")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -289,22 +134,32 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Eight hex digits that name this run in W&B."""
+        """Return the eight hex digits that name this run in W&B."""
         return json.loads((self.folder / "run.json").read_text())["id"]
 
     def path(self, stage: str) -> Path:
+        """Return a stage's folder, whether or not it has been run."""
         return self.folder / stage
 
     def metrics(self, stage: str) -> dict[str, Any]:
-        """The metrics a finished stage left in its manifest."""
+        """Return the metrics that a finished stage left in its manifest."""
         return read_manifest(self.path(stage))["metrics"]
 
-    def need(self, stage: str, made_from: list[Path] | None = None) -> Path:
-        """The folder of a stage that must have been run already, checked file by file.
+    def tracker(self, stage: str, folder: Path, start_step: int = 0) -> Tracker:
+        """Return the tracker of a stage's numbers: W&B and `metrics.jsonl` in the stage's folder."""
+        return Tracker(self.config, self.id, stage, folder, start_step)
+
+    def session(self, stage: str, folder: Path) -> Session:
+        """Return what a training stage needs of the run, for `llamaq.train.loop.train`."""
+        return Session(stage, folder, partial(self.tracker, stage, folder), self.hooks)
+
+    def need(self, stage: str, made_from: Sequence[Path] | None = None, made_by: str = "its recipe") -> Path:
+        """Return the folder of a stage that must have been run already, checked file by file.
 
         Args:
             stage: its name.
-            made_from: the stages of this run it must have been made from, and as they are now; unset: whatever it was.
+            made_from: the stages of this run it must have been made from, as they are now; None: whatever it was.
+            made_by: the command that makes it, for the error.
 
         Raises:
             UserError: it has not been run, a file is damaged, or it was made from something else.
@@ -312,13 +167,13 @@ class Run:
         folder = self.path(stage)
         if not (folder / MANIFEST).is_file():
             raise UserError(
-                f"stage '{stage}' has not been run in {self.folder}; run it first, or the whole chain: "
-                "tune run qat_lora_dpo --config … (same settings)"
+                f"stage '{stage}' has not been run in {self.folder}; run it first ({made_by}), or the whole chain, "
+                "with the same settings"
             )
-        from_rank_zero(lambda: self._check_origin(self._verify_once(folder), made_from))
+        from_rank_zero(lambda: self._check_origin(self._verify_once(folder), made_from, made_by))
         return folder
 
-    def _check_origin(self, manifest: dict[str, Any], made_from: list[Path] | None) -> None:
+    def _check_origin(self, manifest: dict[str, Any], made_from: Sequence[Path] | None, made_by: str) -> None:
         if made_from is None:
             return
         then = {n: h for n, h in manifest["identity"]["inputs"].items() if (self.path(n) / MANIFEST).is_file()}
@@ -327,16 +182,17 @@ class Run:
             raise UserError(
                 f"{self.path(manifest['stage'])} was not made from {', '.join(now)} as now in {self.folder}, but from "
                 f"{', '.join(then)}{' of before' if then.keys() == now.keys() else ''}; "
-                "run `tune run export_executorch` (of a SpinQuant run: `tune run spinquant`) with these settings, or "
-                "give the ones it was made with"
+                f"run {made_by} with these settings, or give the ones it was made with"
             )
 
     def stage(
         self,
         name: str,
-        build: Callable[[Path], dict[str, Any] | None],
-        settings: Any = None,
-        inputs: list[Path] | None = None,
+        build: Build,
+        settings: Config | Mapping[str, Any] | None = None,
+        inputs: Sequence[Path] = (),
+        arguments: Mapping[str, Any] | None = None,
+        version: int = 1,
     ) -> Path:
         """Run `build(folder)` unless this very stage is already there; return the stage's folder.
 
@@ -346,31 +202,30 @@ class Run:
         Args:
             name: stage and folder name.
             build: does the work.
-            settings: whatever else decides the result; dataclasses, dicts, strings, numbers; paths enter by content.
-            inputs: stage folders or files read; by content.
+            settings: the view of the config that `build` reads (`llamaq.config.view.only`), or plain values.
+            inputs: stage folders or files read; they enter by content.
+            arguments: what else decides the result and is not in the config, e.g. the names of the models to score.
+            version: of the stage's code; raise it when a change makes the same settings give another result.
 
         Raises:
             UserError: a damaged file, a full disk, or whatever `build` finds wrong.
         """
+        read = settings.settings() if isinstance(settings, View) else settings
+        made_of = {"version": version, "settings": read or {}, "arguments": arguments or {}}
         folder, partial = self.path(name), self.folder / f"{name}.partial"
-        identity, up_to_date = from_rank_zero(lambda: self._begin(name, settings, inputs or [], folder, partial))
+        identity, up_to_date = from_rank_zero(lambda: self._begin(name, made_of, inputs, folder, partial))
         if up_to_date:
             return folder
         with naming_full_disk(str(partial)):
             metrics = build(partial) or {}
-        from_rank_zero(lambda: self._finish(name, identity, settings, metrics, folder, partial))
+        from_rank_zero(lambda: self._finish(name, identity, made_of, metrics, folder, partial))
         self.executed.append(name)
         return folder
 
     def _begin(
-        self, name: str, settings: Any, inputs: list[Path], folder: Path, partial: Path
+        self, name: str, made_of: dict[str, Any], inputs: Sequence[Path], folder: Path, partial: Path
     ) -> tuple[dict[str, Any], bool]:
-        identity = {
-            "stage": name,
-            "settings": identity_of(settings),
-            "scheme": asdict(self.scheme),
-            "inputs": {p.name: self._input_hash(p) for p in inputs},
-        }
+        identity = {"stage": name, **identity_of(made_of), "inputs": {p.name: self._input_hash(p) for p in inputs}}
         key = sha256_json(identity)
         if (partial / MANIFEST).is_file() and read_manifest(partial)["key"] == key:
             self._publish(partial, folder)  # killed after the work was done, before it was renamed
@@ -381,7 +236,7 @@ class Run:
             if manifest["key"] == key:
                 say(f"{name}: up to date ({folder})")
                 return identity, True
-            say(f"{name}: {_what_changed(manifest['identity'], identity)} changed; running it again")
+            say(f"{name}: {_why_again(manifest['identity'], identity)}; running it again")
         started = partial / STARTED
         if partial.exists() and not (started.is_file() and json.loads(started.read_text())["key"] == key):
             self._supersede(partial)
@@ -391,11 +246,11 @@ class Run:
         return identity, False
 
     def _finish(
-        self, name: str, identity: Any, settings: Any, metrics: dict[str, Any], folder: Path, partial: Path
+        self, name: str, identity: Any, made_of: dict[str, Any], metrics: dict[str, Any], folder: Path, partial: Path
     ) -> None:
         files = {
             p.relative_to(partial).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size}
-            for p in _files(partial)
+            for p in list_files(partial)
         }
         manifest = {
             "stage": name,
@@ -403,7 +258,7 @@ class Run:
             # what stages that read this one depend on: not on how long its steps took
             "content": sha256_json({name: f for name, f in files.items() if name != METRICS}),
             "identity": identity,
-            "settings": asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings,
+            "settings": made_of["settings"],
             "packages": package_versions(),
             "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
             "metrics": metrics,
@@ -441,24 +296,7 @@ class Run:
         return content_hash(path)
 
 
-def package_versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
-
-
-def _what_changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings or inputs that differ, by their dotted names; of many, the first."""
-
-    def walk(a: Any, b: Any, path: str) -> Iterator[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
-            for k in sorted({*a, *b}):
-                yield from walk(a.get(k), b.get(k), f"{path}.{k}" if path else str(k))
-        elif a != b:
-            yield path.removeprefix("settings.")
-
-    names = list(walk(before, now, ""))
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (", ".join(names[:5]) or "something") + more
+def _why_again(before: dict[str, Any], now: dict[str, Any]) -> str:
+    if "version" not in before:  # manifests of llamaq 0.1.0
+        return "made by an older llamaq, which recorded less of what it depends on (the old one stays in superseded/)"
+    return f"{name_changes(before, now)} changed"

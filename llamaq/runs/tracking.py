@@ -1,9 +1,9 @@
-"""Where numbers go: Weights & Biases, `metrics.jsonl` in the stage's folder, and one progress bar. Rank 0 only.
+"""Log numbers to `metrics.jsonl` and Weights & Biases, and show progress bars. Only rank 0 does either.
 
-The file is the source of truth: one JSON object a step, the same keys as in W&B. A run nobody is logged in for is
-kept offline under `output_dir/wandb` and can be sent later with `wandb sync`. W&B runs of one output folder share a
-group; each stage is a run of its own with the stage as its job type. Steps are plotted against our own `step`, since
-an offline run that is resumed starts a new segment at step 0.
+The file in the stage's folder is the source of truth: one JSON object per step, with the same keys as in W&B. Each
+stage is a W&B run with the stage as its job type, and all stages of an output folder share a W&B group. Without a W&B
+login the run is kept offline in `output_dir/wandb`, and `wandb sync` sends it later. Plots use our own `step` as their
+x axis, because W&B counts the steps of a resumed offline run from 0 again.
 """
 
 import io
@@ -19,11 +19,17 @@ from typing import Any
 from tqdm import tqdm
 
 from llamaq.config import Config
-from llamaq.runs.run import METRICS, naming_full_disk, rank
+from llamaq.runs.files import naming_full_disk
+from llamaq.runs.ranks import rank
+
+METRICS = "metrics.jsonl"
 
 
 def progress(iterable: Iterable[Any], title: str, total: int | None = None, initial: int = 0, unit: str = "it") -> tqdm:
-    """The progress bar of all long work: rate and ETA, quiet on ranks other than 0, sparse in log files."""
+    """Wrap an iterable in a progress bar with rate and ETA; only rank 0 shows it.
+
+    A terminal is redrawn twice a second at most. A log file gets a line every 15 seconds.
+    """
     return tqdm(
         iterable,
         desc=title,
@@ -38,7 +44,7 @@ def progress(iterable: Iterable[Any], title: str, total: int | None = None, init
 
 
 class _Lines(io.TextIOBase):
-    """Standard error for a log: every state of the bar on a line of its own, since Ray and others forward lines."""
+    """Standard error with each state of the bar on its own line, since Ray forwards whole lines."""
 
     def write(self, text: str) -> int:
         line = text.strip("\r\n ")
@@ -49,22 +55,31 @@ class _Lines(io.TextIOBase):
 
 
 class Tracker:
-    """Metrics of one stage. Use as a context manager; `log` each step, `summary` and `image` at the end."""
+    """The metrics of one stage, to be used as a context manager. On ranks other than 0 it does nothing."""
 
     def __init__(self, config: Config, run_id: str, stage: str, folder: Path, start_step: int = 0):
+        """Open the stage's file and W&B run.
+
+        Args:
+            config: the run's settings.
+            run_id: eight hex digits that name the run in W&B.
+            stage: becomes the W&B job type.
+            folder: the stage's folder.
+            start_step: the step to resume after; later rows of a run that was killed are dropped, and logged again.
+        """
         self.file, self._wandb = None, None
         if rank() != 0:
             return
         self.path = folder / METRICS
         rows = [r for r in read_metrics(self.path) if r["step"] <= start_step]
-        with naming_full_disk(str(self.path)):  # what a killed run logged after its last checkpoint is logged again
+        with naming_full_disk(str(self.path)):
             folder.mkdir(parents=True, exist_ok=True)
             self.path.write_text("".join(json.dumps(r) + "\n" for r in rows))
             self.file = self.path.open("a")
         self._wandb = _init_wandb(config, run_id, stage)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One row: `step` counts optimizer steps from 1."""
+        """Log one row; `step` counts optimizer steps from 1."""
         if self.file is None:
             return
         row = {"step": step, **{k: _finite(v) for k, v in metrics.items()}}
@@ -75,16 +90,19 @@ class Tracker:
             self._wandb.log(row)
 
     def summary(self, values: dict[str, Any]) -> None:
+        """Set values of the W&B run's summary."""
         if self._wandb:
             self._wandb.summary.update(values)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Log a table to W&B."""
         if self._wandb:
             import wandb
 
             self._wandb.log({name: wandb.Table(columns=list[Any](columns), data=list[Any](rows))})
 
     def image(self, name: str, path: Path) -> None:
+        """Log an image file to W&B."""
         if self._wandb:
             import wandb
 
@@ -101,8 +119,14 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line torn by a kill is dropped."""
+    """Return the rows of a `metrics.jsonl`, without a last line that a kill cut off."""
     return list(_rows(path)) if path.is_file() else []
+
+
+def loss_curve(folder: Path, key: str = "loss") -> tuple[list[int], list[float]]:
+    """Return the steps and values of one metric that a training stage logged."""
+    rows = [r for r in read_metrics(folder / METRICS) if r.get(key) is not None]
+    return [r["step"] for r in rows], [r[key] for r in rows]
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -114,6 +138,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _finite(value: float) -> float | None:
+    """Return the value, or None for NaN and infinities, which are not JSON."""
     return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
@@ -125,6 +150,7 @@ def _init_wandb(config: Config, run_id: str, stage: str) -> Any:
 
     folder = Path(config.output_dir) / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
+    # W&B would keep these in the user's home, which the nodes of a cluster need not share
     for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         os.environ.setdefault(variable, str(folder.absolute() / ".cache"))
     run = wandb.init(
@@ -146,7 +172,7 @@ def _init_wandb(config: Config, run_id: str, stage: str) -> Any:
 
 
 def _logged_in() -> bool:
-    """Whether W&B would find a key: in the environment or in the user's netrc. The key itself is never read by us."""
+    """Tell whether W&B would find a key in the environment or in `~/.netrc`. The key itself is not used."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import netrc

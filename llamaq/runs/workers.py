@@ -1,7 +1,8 @@
-"""What the ranks tell each other before a run on more than one: who they are, what they run, and what they see.
+"""Compare the ranks before a run on more than one: their GPUs, packages, code, and the output folder they see.
 
-A cluster whose nodes differ does not fail, it trains something else: another package version quantizes differently,
-another folder of the same name takes the checkpoints. So differences stop the run, with a table.
+A run on nodes that differ does not fail; it trains something else. Another version of a package may quantize
+differently, and a folder that is not shared splits the checkpoints. So any difference stops the run with a table of all
+ranks.
 """
 
 import contextlib
@@ -18,30 +19,36 @@ import torch.distributed as dist
 
 from llamaq.config import Config, cluster_dir, recipes_dir
 from llamaq.errors import UserError
-from llamaq.runs.run import Run, everywhere, from_rank_zero, package_versions, rank, say
+from llamaq.runs.manifest import package_versions
+from llamaq.runs.ranks import everywhere, rank, say
 
-ATTRIBUTE_CACHE_SECONDS = 10  # for so long a network file system may not show what another node has just written
-SAME = ("gpu", "driver", "packages", "code", "output_dir")
+# NFS caches a folder's attributes, so a file that another node has just written may stay invisible for some seconds
+ATTRIBUTE_CACHE_SECONDS = 10
+SAME = ("gpu", "driver", "packages", "code", "output_dir")  # columns in which all ranks have to agree
+HINTS = {"code": "send the same code to every node", "gpu": "use one kind of GPU"}
 
 
-def check_workers(run: Run) -> None:
-    """Compare all ranks, and print them; without a process group there is nothing to compare.
+def check_workers(config: Config, run_id: str) -> None:
+    """Compare all ranks and print them as a table. Without a process group there is nothing to compare.
+
+    Args:
+        config: the run's settings.
+        run_id: the id that rank 0 found in `output_dir/run.json`; every rank has to find the same one.
 
     Raises:
-        UserError: they differ; the message holds the table.
+        UserError: the ranks differ; the message contains the table.
     """
     if not dist.is_initialized():
         return
-    run_id = from_rank_zero(lambda: run.id)
-    reports = everywhere(lambda: report(run.config, run_id))
-    table = as_table(reports)
-    if problem := difference(reports):
+    workers = everywhere(lambda: describe_worker(config, run_id))
+    table = as_table(workers)
+    if problem := difference(workers):
         raise UserError(f"the workers are not alike: {problem}\n{table}")
     say(table)
 
 
-def report(c: Config, run_id: str) -> dict[str, Any]:
-    """This rank's line of the table."""
+def describe_worker(c: Config, run_id: str) -> dict[str, Any]:
+    """Describe this rank: its row of the table."""
     gpu, driver = "none", "none"
     if c.device != "cpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -58,47 +65,50 @@ def report(c: Config, run_id: str) -> dict[str, Any]:
     }
 
 
-def difference(reports: list[dict[str, Any]]) -> str | None:
-    """What stops the run: the first thing that is not the same on all ranks, in words."""
-    for r in reports:
-        if r["output_dir"] != "seen":
+def difference(workers: list[dict[str, Any]]) -> str | None:
+    """Return the first difference between ranks, as a sentence for the user; None if they are alike."""
+    for w in workers:
+        if w["output_dir"] != "seen":
             return (
-                f"rank {r['rank']} on {r['host']} does not see the output_dir that rank 0 writes to; mount one shared "
+                f"rank {w['rank']} on {w['host']} does not see the output_dir that rank 0 writes to; mount one shared "
                 "file system at the same path on every node and put output_dir on it"
             )
+    first = workers[0]
     for key in SAME:
-        for r in reports:
-            if r[key] == reports[0][key]:
-                continue
-            if key == "packages":
-                names = sorted({*r[key], *reports[0][key]})
-                name = next(n for n in names if r[key].get(n) != reports[0][key].get(n))
-                here, there = reports[0][key].get(name, "none"), r[key].get(name, "none")
-                return f"{name} is {here} on rank 0 and {there} on rank {r['rank']}; install the same on every node"
-            hint = {"code": "send the same code to every node", "gpu": "use one kind of GPU"}.get(
-                key, "make them alike"
-            )
-            return f"{key} is {reports[0][key]} on rank 0 and {r[key]} on rank {r['rank']}; {hint}"
+        for w in workers:
+            if w[key] != first[key]:
+                return _package_difference(first, w) if key == "packages" else _other_difference(key, first, w)
     return None
 
 
-def as_table(reports: list[dict[str, Any]]) -> str:
-    """One line a rank."""
+def _package_difference(first: dict[str, Any], other: dict[str, Any]) -> str:
+    here, there = first["packages"], other["packages"]
+    name = next(n for n in sorted({*here, *there}) if here.get(n) != there.get(n))
+    return (
+        f"{name} is {here.get(name, 'none')} on rank 0 and {there.get(name, 'none')} on rank {other['rank']}; "
+        "install the same on every node"
+    )
+
+
+def _other_difference(key: str, first: dict[str, Any], other: dict[str, Any]) -> str:
+    hint = HINTS.get(key, "make them alike")
+    return f"{key} is {first[key]} on rank 0 and {other[key]} on rank {other['rank']}; {hint}"
+
+
+def as_table(workers: list[dict[str, Any]]) -> str:
+    """Return the workers as a table, one line per rank."""
     columns = ["rank", "host", "gpu", "driver", "torch", "deepspeed", "code", "output_dir", "free GiB"]
-    rows = [
-        [
-            r["rank"], r["host"], r["gpu"], r["driver"], r["packages"].get("torch", "none"),
-            r["packages"].get("deepspeed", "none"), r["code"][:8], r["output_dir"], r["free_gib"],
-        ]
-        for r in reports
-    ]  # fmt: skip
-    lines = [columns, *[[str(cell) for cell in row] for row in rows]]
+    lines = [columns]
+    for w in workers:
+        versions = [w["packages"].get(name, "none") for name in ("torch", "deepspeed")]
+        row = [w["rank"], w["host"], w["gpu"], w["driver"], *versions, w["code"][:8], w["output_dir"], w["free_gib"]]
+        lines.append([str(cell) for cell in row])
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def code_hash() -> str:
-    """SHA-256 over llamaq's own source files, by name and content."""
+    """Return a SHA-256 of llamaq's own source files: their names and contents."""
     package, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
     inside = [p for p in package.rglob("*.py") if p.relative_to(package).parts[0] not in ("recipes", "cluster")]
     for path in [*sorted(inside), *sorted(recipes_dir().rglob("*.py")), *sorted(cluster_dir().rglob("*.py"))]:
@@ -107,6 +117,7 @@ def code_hash() -> str:
 
 
 def _sees(folder: Path, run_id: str) -> str:
+    """Return "seen" if this run's `run.json` appears in the folder, "NOT SEEN" if it does not within the wait."""
     deadline = time.monotonic() + ATTRIBUTE_CACHE_SECONDS
     while True:
         with contextlib.suppress(OSError):

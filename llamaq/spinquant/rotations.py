@@ -1,53 +1,42 @@
-"""The rotations, where they merge, and what a checkpoint says about them.
+"""The rotations R1, R2 and R4: where they merge into the weights, and what a checkpoint says about them.
 
-    R1  [dim, dim]                    the residual stream: merged into everything that reads or writes it
-    R2  [layers, kv_heads, d, d]      values of one key/value head: merged into v_proj and output_proj
-    R4  Hadamard, width `online_block` before down_proj, computed online; its inverse is merged into down_proj
+    R1  [dim, dim]                  the residual stream: merged into every weight that reads or writes it
+    R2  [layers, kv_heads, d, d]    the values of one key/value head: merged into v_proj and output_proj
+    R4  a Hadamard matrix           the input of down_proj: computed online, in blocks of `online_block` channels; its
+                                    inverse is merged into down_proj
 
-Rows are tokens, x' = x R. Names are torchtune's. With R1, what norms multiply with moves into the linears behind them,
-and embedding and head become two matrices. Nothing is centred: RMSNorm has no mean to take away (the published code
-does, and changes the model by it).
+Rows are tokens, so a rotated input is x' = x R, and a weight [out, in] computes y = x Wᵀ. A linear that reads x' needs
+W' = W R, since x' W'ᵀ = x R Rᵀ Wᵀ = x Wᵀ. A linear that writes into the rotated stream needs W' = Rᵀ W, since
+x W'ᵀ = x Wᵀ R = y R. For example, with R the turn by 90°, x' is the same vector in other coordinates:
+
+    R = [[0, 1], [-1, 0]]    x = (3, 1)    x' = x R = (-1, 3)
+    W = [[2, 5]]             y = x Wᵀ = 11
+    W' = W R = [[-5, 2]]     x' W'ᵀ = 5 + 6 = 11
+
+RMSNorm divides by the length of x, which a rotation keeps, but then multiplies channel by channel, which a rotation
+mixes up. So with R1 these gains move into the linears behind the norm first. The head reads through the last norm, so
+it no longer equals the embedding: the tied matrix becomes two. Nothing is centred, because RMSNorm has no mean to take
+away. (The published code centres the embedding and changes the model by it.)
+
+Names of weights are torchtune's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from llamaq.errors import UserError
-from llamaq.spinquant.hadamard import merged_with_online, online_block, online_transform, random_orthogonal
-
-# linears that read the residual stream → the norm in front of them; linears that write into it
-READS = {"attn.q_proj": "sa_norm", "attn.k_proj": "sa_norm", "attn.v_proj": "sa_norm", "mlp.w1": "mlp_norm",
-         "mlp.w3": "mlp_norm"}  # fmt: skip
-WRITES = ("attn.output_proj", "mlp.w2")
-EMBEDDING, HEAD, FINAL_NORM = "tok_embeddings.weight", "output.weight", "norm.scale"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a decoder."""
-
-    layers: int
-    dim: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-
-    @classmethod
-    def of(cls, decoder: Any) -> "Shape":
-        attn, mlp = decoder.layers[0].attn, decoder.layers[0].mlp
-        hidden = mlp.w1.out_features
-        return cls(len(decoder.layers), attn.embed_dim, attn.num_heads, attn.num_kv_heads, attn.head_dim, hidden)
+from llamaq.model.hadamard import random_orthogonal
+from llamaq.model.names import EMBEDDING, FINAL_NORM, HEAD, READS, WRITES
+from llamaq.model.online import merged_with_online, online_block
+from llamaq.model.shape import Shape
 
 
 @dataclass(frozen=True)
 class Rotations:
-    """None, or 0 for `r4`, where there is none."""
+    """A set of rotations; a matrix that is not part of it is None, and `r4` is 0."""
 
     r1: Tensor | None = None  # [dim, dim]
     r2: Tensor | None = None  # [layers, kv_heads, head_dim, head_dim]
@@ -55,8 +44,9 @@ class Rotations:
 
     @classmethod
     def random(cls, shape: Shape, which: set[str], seed: int) -> "Rotations":
-        """Signed Hadamard matrices, float64, the same for the same seed; `which` of r1, r2, r4."""
+        """Draw signed Hadamard matrices, float64, the same for the same seed; `which` of r1, r2 and r4."""
         generator = torch.Generator().manual_seed(seed)
+        # always draw all of them: then r2 is the same whether or not r1 is wanted
         r1 = random_orthogonal(shape.dim, generator)
         heads = [random_orthogonal(shape.head_dim, generator) for _ in range(shape.layers * shape.kv_heads)]
         r2 = torch.stack(heads).view(shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
@@ -66,54 +56,43 @@ class Rotations:
             online_block(shape.hidden) if "r4" in which else 0,
         )
 
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """Return the matrices of the set by name: `r1`, `r2`, those there are."""
+        return {name: r for name, r in (("r1", self.r1), ("r2", self.r2)) if r is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Rotations":
+        """Return the set with each of its matrices changed."""
+        return replace(self, **{name: change(r) for name, r in self.matrices.items()})
+
     def projected(self) -> "Rotations":
-        """The nearest exactly orthogonal matrices, float64 (U Vᵀ of the singular value decomposition)."""
-        return replace(self, r1=_nearest(self.r1), r2=_nearest(self.r2))
+        """Return the nearest exactly orthogonal matrices, in float64."""
+        return self.map(_nearest_orthogonal)
 
     def orthogonality_error(self) -> float:
-        """Largest |RᵀR − I| of all matrices."""
+        """Return the largest |RᵀR − I| of all matrices; 0 if there are none."""
         errors = [
             (r.mT.double() @ r.double() - torch.eye(r.shape[-1], device=r.device)).abs().max().item()
-            for r in (self.r1, self.r2)
-            if r is not None
+            for r in self.matrices.values()
         ]
         return max(errors, default=0.0)
 
     def contract(self) -> dict[str, Any]:
-        """What a checkpoint says about its rotations: whoever runs it must do R4, and need not know of the others."""
+        """Return what a checkpoint says about its rotations: which are merged in, and the width of the online R4."""
         return {"r1": self.r1 is not None, "r2": self.r2 is not None, "r4": self.r4}
 
 
-def _nearest(r: Tensor | None) -> Tensor | None:
-    if r is None:
-        return None
+def _nearest_orthogonal(r: Tensor) -> Tensor:
+    """Return U Vᵀ of the singular value decomposition R = U S Vᵀ."""
     u, _, vh = torch.linalg.svd(r.double())
     return u @ vh
 
 
-def check_contract(contract: Mapping[str, Any] | None, spinquant: bool, hidden: int, where: str) -> int:
-    """The width of a checkpoint's online transform, 0 if it has none.
-
-    Raises:
-        UserError: contract and `quantization_args.spinquant` contradict each other, or R4 does not fit the model.
-    """
-    if contract is None:
-        if spinquant:
-            raise UserError(f"{where}: quantization_args.spinquant is true, but nothing says which rotations it has")
-        return 0
-    block = contract.get("r4")
-    if not isinstance(block, int) or bool(block) != spinquant:
-        raise UserError(
-            f"{where}: quantization_args.spinquant={spinquant} contradicts its rotation r4={block}: without the "
-            "online transform that was merged into down_proj the model talks nonsense"
-        )
-    if block and block != online_block(hidden):
-        raise UserError(f"{where}: rotation r4={block} does not fit a feed-forward width of {hidden}")
-    return block
-
-
 def fuse_norms(weights: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
-    """Move each norm's gain into the linears that read it, and untie the head. Float64 inside, dtypes as they were."""
+    """Move each norm's gain into the linears that read it, and untie the head.
+
+    Computed in float64, returned in the dtypes the weights have. Norms keep a gain of 1.
+    """
     new = dict(weights)
     new.setdefault(HEAD, weights[EMBEDDING])
     for i in range(shape.layers):
@@ -126,71 +105,69 @@ def fuse_norms(weights: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]
 
 
 def norm_names(shape: Shape) -> list[str]:
-    """The norms in front of rotated linears; a head's own q and k norms stay as they are."""
+    """List the norms in front of linears that read the residual stream; a head's own q and k norms stay as they are."""
     return [*(f"layers.{i}.{n}.scale" for i in range(shape.layers) for n in ("sa_norm", "mlp_norm")), FINAL_NORM]
 
 
 def _fuse(weights: dict[str, Tensor], name: str, norm: str) -> None:
+    gain = weights[norm].double()  # [dim], multiplies the columns of W [out, dim]
     w = weights[name]
-    weights[name] = (w.double() * weights[norm].double()).to(w.dtype)
+    weights[name] = (w.double() * gain).to(w.dtype)
 
 
 def rotate(weights: Mapping[str, Tensor], shape: Shape, r: Rotations) -> dict[str, Tensor]:
-    """Merge rotations into a model's weights (torchtune names); computed in float64, dtypes as they were.
+    """Merge rotations into a model's weights; computed in float64, returned in the dtypes the weights have.
 
     The result is the same function, once `attach_online` has put R4 in front of down_proj.
     """
     new = fuse_norms(weights, shape) if r.r1 is not None else dict(weights)
-
-    def apply(name: str, change: Any) -> None:
-        for part in (f"{name}.weight", f"{name}.bias"):
-            if part in new:
-                w = new[part]
-                new[part] = change(w.double(), part.endswith("bias")).to(w.dtype)
-
     for i in range(shape.layers):
         if r.r4:
-            w2 = f"layers.{i}.mlp.w2.weight"
-            new[w2] = merged_with_online(new[w2].double(), r.r4).to(new[w2].dtype)
+            _change(new, f"layers.{i}.mlp.w2.weight", lambda w: merged_with_online(w, r.r4))
         if r.r2 is not None:
-            r2 = r.r2[i].double().to(new[EMBEDDING].device)
-            apply(f"layers.{i}.attn.v_proj", lambda w, _, r2=r2: rotate_values(w, r2))
-            apply(
-                f"layers.{i}.attn.output_proj",
-                lambda w, bias, r2=r2: w if bias else rotate_value_readers(w, r2, shape.heads),
-            )
+            _merge_r2(new, i, r.r2[i], shape.heads)
         if r.r1 is not None:
-            r1 = r.r1.double().to(new[EMBEDDING].device)
-            for linear in READS:
-                apply(f"layers.{i}.{linear}", lambda w, bias, r1=r1: w if bias else w @ r1)
-            for linear in WRITES:
-                apply(f"layers.{i}.{linear}", lambda w, bias, r1=r1: w @ r1 if bias else r1.T @ w)
+            _merge_r1(new, i, r.r1)
     if r.r1 is not None:
         r1 = r.r1.double().to(new[EMBEDDING].device)
-        for name in (EMBEDDING, HEAD):
-            new[name] = (new[name].double() @ r1).to(new[name].dtype)
+        for name in (EMBEDDING, HEAD):  # rows of the embedding are written, rows of the head are read: E R1, W R1
+            _change(new, name, lambda w: w @ r1)
     return new
 
 
+def _merge_r1(weights: dict[str, Tensor], i: int, r1: Tensor) -> None:
+    """Rotate what layer i reads from the residual stream and what it writes into it."""
+    r1 = r1.double().to(weights[EMBEDDING].device)
+    for linear in READS:
+        _change(weights, f"layers.{i}.{linear}.weight", lambda w: w @ r1)  # its bias is not in the stream
+    for linear in WRITES:
+        _change(weights, f"layers.{i}.{linear}.weight", lambda w: r1.T @ w)
+        _change(weights, f"layers.{i}.{linear}.bias", lambda b: b @ r1)
+
+
+def _merge_r2(weights: dict[str, Tensor], i: int, r2: Tensor, heads: int) -> None:
+    """Rotate the values of layer i; attention only averages them over tokens, so output_proj can undo it."""
+    r2 = r2.double().to(weights[EMBEDDING].device)
+    for part in ("weight", "bias"):
+        _change(weights, f"layers.{i}.attn.v_proj.{part}", lambda w: rotate_values(w, r2))
+    _change(weights, f"layers.{i}.attn.output_proj.weight", lambda w: rotate_value_readers(w, r2, heads))
+
+
+def _change(weights: dict[str, Tensor], name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Change a weight in float64 and put it back in its own dtype; a bias that the model does not have is left out."""
+    if name in weights:
+        w = weights[name]
+        weights[name] = change(w.double()).to(w.dtype)
+
+
 def rotate_values(w: Tensor, r2: Tensor) -> Tensor:
-    """Rows of v_proj [kv_heads · d, n], or its bias [kv_heads · d], head by head: R2ᵀ W."""
+    """Rotate the rows of v_proj [kv_heads · d, n], or its bias [kv_heads · d], head by head: R2ᵀ W."""
     heads, d, _ = r2.shape
     return (r2.mT @ w.reshape(heads, d, -1)).reshape(w.shape)
 
 
 def rotate_value_readers(w: Tensor, r2: Tensor, heads: int) -> Tensor:
-    """Columns of output_proj [n, heads · d]: W R2, each query head with its key/value head's matrix."""
+    """Rotate the columns of output_proj [n, heads · d]: W R2, each query head by its key/value head's matrix."""
     kv_heads, d, _ = r2.shape
     blocks = w.reshape(len(w), kv_heads, heads // kv_heads, d)  # query heads of one key/value head are neighbours
     return torch.einsum("nkqd,kde->nkqe", blocks, r2).reshape(w.shape)
-
-
-def attach_online(decoder: Any, block: int) -> list[RemovableHandle]:
-    """Put R4 in front of every down_proj (before its input is quantized); returns the hooks' handles."""
-    if not block:
-        return []
-
-    def transform(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
-        return (online_transform(arguments[0], block),)
-
-    return [layer.mlp.w2.register_forward_pre_hook(transform) for layer in decoder.layers]

@@ -2,22 +2,25 @@
 
 import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llamaq.config import TrainingConfig
-from llamaq.data.datasets import Batch, SampleOrder, check_ranks, micro_batch_size, micro_batches, num_micro_batches
+from llamaq.config import Config, TrainingConfig
+from llamaq.data.batches import Batch, SampleOrder, check_ranks, micro_batch_size, micro_batches, num_micro_batches
 from llamaq.errors import UserError
-from llamaq.model.causal_lm import CausalLM, pick_device
-from llamaq.runs.run import CHECKPOINTS, METRICS, Run, rank, say, world_size
-from llamaq.runs.tracking import Tracker, progress, read_metrics
+from llamaq.model.build import pick_device
+from llamaq.model.causal_lm import CausalLM
+from llamaq.runs.manifest import CHECKPOINTS
+from llamaq.runs.ranks import rank, say, world_size
+from llamaq.runs.run import Session
+from llamaq.runs.tracking import METRICS, progress, read_metrics
 from llamaq.train import resume
-from llamaq.train.engine import Engine, load_weights, make_engine
+from llamaq.train.deepspeed import DeepSpeedEngine, uses_deepspeed
+from llamaq.train.engine import Engine, TorchEngine, load_weights
 
 
 class Objective(Protocol):
@@ -31,34 +34,48 @@ class Objective(Protocol):
 
 
 def total_steps(training: TrainingConfig, num_samples: int) -> int:
-    """Optimizer steps of a stage: its epochs, or fewer if `max_steps` says so."""
+    """Return the optimizer steps of a stage: its epochs, or fewer if `max_steps` says so."""
     steps = math.ceil(training.epochs * num_samples / training.global_batch_size)
     return min(steps, training.max_steps) if training.max_steps is not None else steps
 
 
+def make_engine(
+    model: CausalLM, training: TrainingConfig, stage: str, total_steps: int, c: Config, device: torch.device
+) -> Engine:
+    """Return the engine that the config asks for; `auto` is DeepSpeed as soon as there is a process group."""
+    kind = DeepSpeedEngine if uses_deepspeed(c) else TorchEngine
+    return kind(model, training, stage, total_steps, c, device)
+
+
 def train(
-    run: Run,
-    stage: str,
-    folder: Path,
+    session: Session,
+    c: Config,
+    training: TrainingConfig,
     model: CausalLM,
     objective: Objective,
-    training: TrainingConfig,
     samples: Sequence[Any],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Train `model` on `samples`, from the newest resume in `folder` if there is one. The model is used up.
+    """Train `model` on `samples`, from the newest checkpoint in the session's folder if there is one.
+
+    Args:
+        session: where the stage's checkpoints and numbers go.
+        c: the run's settings: seed, device, dtype, engine.
+        training: the stage's settings.
+        model: what to train; it is used up.
+        objective: what to minimize.
+        samples: the data, taken by global index.
 
     Returns:
         Metrics for the manifest (rank 0): steps, samples, and the first and last rows of metrics.jsonl; and the
         trained weights, float32 on the CPU (rank 0).
     """
-    c, device = run.config, pick_device(run.config.device)
-    steps, ranks = total_steps(training, len(samples)), world_size()
-    batch_size, passes = micro_batch_size(training, ranks), num_micro_batches(training, ranks)
-    check_ranks(training, stage, ranks)
+    stage, device = session.stage, pick_device(c.device)
+    steps, checkpoints = total_steps(training, len(samples)), session.folder / CHECKPOINTS
+    check_ranks(training, stage, world_size())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(c.seed)
-    found = resume.newest(folder / CHECKPOINTS)
+    found = resume.newest(checkpoints)
     if found is not None:
         load_weights(model, found)
     engine = make_engine(model, training, stage, steps, c, device)
@@ -69,65 +86,68 @@ def train(
     del found  # its files are mapped, and a network file system cannot drop the folder of a file that is
     order = SampleOrder(len(samples), c.seed)
     last: dict[str, float] = {}
-    with (
-        Tracker(c, run.id, stage, folder, done) as tracker,
-        progress(range(done + 1, steps + 1), stage, steps, done, "step") as bar,
-    ):
+    with session.tracker(done) as tracker, progress(range(done + 1, steps + 1), stage, steps, done, "step") as bar:
         for step in bar:
             start = time.perf_counter()
-            batches = [
-                objective.collate(s)
-                for s in micro_batches(
-                    samples, order, (step - 1) * training.global_batch_size, training.global_batch_size,
-                    batch_size, rank(), ranks,
-                )
-            ]  # fmt: skip
-            metrics, warned = one_step(engine, objective, batches, passes, device, run.hooks.due())
+            batches = [objective.collate(s) for s in _my_share(samples, order, step, training)]
+            metrics, warned = one_step(engine, objective, batches, training, device, session.hooks.due())
             if step == done + 1:
-                engine.state()  # an optimizer that cannot be resumed is refused now, not at the first resume
-            seconds = time.perf_counter() - start
-            metrics |= {
-                "tokens_per_second": metrics.pop("tokens_read") / seconds,
-                "step_seconds": seconds,
-                "ranks": ranks,
-            }
-            if device.type == "cuda":
-                metrics["gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-            tracker.log(step, metrics)
-            bar.set_postfix(
-                loss=f"{metrics['loss']:.4f}", tokens_s=f"{metrics['tokens_per_second']:.0f}", refresh=False
-            )
-            last = metrics
-            in_time = warned and run.hooks.preempted()
+                engine.state()  # an optimizer that cannot be resumed is refused now, not at the first checkpoint
+            last = metrics | _speed(metrics.pop("tokens_read"), time.perf_counter() - start, device)
+            tracker.log(step, last)
+            bar.set_postfix(loss=f"{last['loss']:.4f}", tokens_s=f"{last['tokens_per_second']:.0f}", refresh=False)
+            in_time = warned and session.hooks.preempted()
             if (in_time or step % training.checkpoint_every_n_steps == 0) and step < steps:
-                resume.save(folder / CHECKPOINTS, step, *engine.state(), keep=training.keep_checkpoints)
-                run.hooks.checkpointed(stage, step, metrics)
+                resume.save(checkpoints, step, *engine.state(), keep=training.keep_checkpoints)
+                session.hooks.checkpointed(stage, step, last)
                 if in_time:
-                    say(f"{stage}: resume of step {step} written just in time")
+                    say(f"{stage}: checkpoint of step {step} written just in time")
         tracker.summary({"final_loss": last.get("loss")})
     weights = {name.removeprefix("decoder."): w for name, w in engine.weights().items()}
     engine.close()
-    rows = read_metrics(folder / METRICS) if rank() == 0 else []
+    rows = read_metrics(session.folder / METRICS) if rank() == 0 else []
     return {"steps": steps, "samples": len(samples), "first": rows[0], "last": rows[-1]} if rows else {}, weights
 
 
+def _my_share(samples: Sequence[Any], order: SampleOrder, step: int, training: TrainingConfig) -> Iterator[list[Any]]:
+    """Yield this rank's micro-batches of an optimizer step, counted from 1."""
+    size, ranks = training.global_batch_size, world_size()
+    return micro_batches(samples, order, (step - 1) * size, size, micro_batch_size(training, ranks), rank(), ranks)
+
+
+def _speed(tokens: float, seconds: float, device: torch.device) -> dict[str, float]:
+    """Return what a step's row says of speed and memory."""
+    speed = {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "ranks": world_size()}
+    if device.type == "cuda":
+        speed["gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return speed
+
+
 def one_step(
-    engine: Engine, objective: Objective, batches: list[Batch], passes: int, device: torch.device, due: bool = False
+    engine: Engine,
+    objective: Objective,
+    batches: list[Batch],
+    training: TrainingConfig,
+    device: torch.device,
+    due: bool = False,
 ) -> tuple[dict[str, float], bool]:
-    """Forward, backward and update over this rank's micro-batches; metrics are means over the global batch.
+    """Run forward, backward and update over this rank's micro-batches; metrics are means over the global batch.
+
+    Every rank makes the same number of forward passes. A rank with fewer micro-batches repeats its last one with a
+    loss of 0, since ranks gather sharded parameters together.
 
     Args:
         engine: holds the model.
         objective: gives the loss.
         batches: this rank's; at least one.
-        passes: forward passes of every rank. A rank with fewer micro-batches repeats its last one for nothing, since
-            sharded parameters are gathered by all ranks together.
+        training: the stage's settings.
         device: to compute on.
         due: whether this rank wants something done after the step.
 
     Returns:
         Metrics, and whether any rank is `due`.
     """
+    passes = num_micro_batches(training, world_size())
     counts = [sum(objective.count(b) for b in batches), sum(b["tokens"].numel() for b in batches), int(due)]
     count, tokens, any_due = _sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
     if count == 0:

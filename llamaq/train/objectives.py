@@ -1,4 +1,6 @@
-"""What a stage minimizes. An objective turns a batch into sums over its units; the loop divides by the global count.
+"""Objectives: what a stage minimizes.
+
+An objective turns a batch into sums over its units (tokens or pairs); the loop divides by the global count.
 
 Sums, not means: added over micro-batches and ranks and divided once, they give the same loss however the global batch
 is split (torchtune's DPO recipes log world_size times the true loss because they add means).
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamaq.data.datasets import IGNORE, Batch, collate_pairs, collate_sft
+from llamaq.data.batches import IGNORE, Batch, collate_pairs, collate_sft
 from llamaq.model.causal_lm import CausalLM
 
 Sums = dict[str, Tensor]
@@ -77,6 +79,6 @@ class DPO:
 
 
 def answer_logprobs(model: Callable[..., Any], batch: Batch) -> Tensor:
-    """Log-probability of each row's answer, summed over its tokens: [rows], nats, float32."""
+    """Return the log-probability of each row's answer, summed over its tokens: [rows], nats, float32."""
     logprobs, _ = model(batch["tokens"], labels=batch["labels"])
     return torch.as_tensor(logprobs).sum(-1)

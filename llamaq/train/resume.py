@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from llamaq.checkpoints.tensors import save_tensors
 from llamaq.errors import UserError
-from llamaq.runs.run import everywhere, from_rank_zero, naming_full_disk, rank, say, sha256_file, world_size, write_json
+from llamaq.runs.files import naming_full_disk, sha256_file, write_json
+from llamaq.runs.ranks import everywhere, from_rank_zero, rank, say, world_size
 
 Pieces = dict[tuple[str, int], Tensor]  # (key, first element) → a flat range; keys are e.g. "exp_avg:norm.scale"
 
@@ -78,7 +79,7 @@ class Checkpoint:
                 self._pieces[key].append((int(start), file.get_slice(piece)))
 
     def read(self, key: str, start: int, size: int) -> Tensor:
-        """Elements [start, start + size) of a flattened tensor.
+        """Return elements [start, start + size) of a flattened tensor.
 
         Raises:
             UserError: the checkpoint does not hold all of them: it is of another model or optimizer.
@@ -99,7 +100,7 @@ class Checkpoint:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; None if there is none. Every rank calls it, and they share the hashing."""
+    """Return the newest whole checkpoint, or None. Every rank calls it, and they share the hashing."""
     for path in reversed(from_rank_zero(lambda: _steps(folder))):
         if all(everywhere(lambda path=path: _my_files_are_whole(path))):
             return Checkpoint(path)
@@ -122,14 +123,3 @@ def _steps(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, from any device and any memory layout."""
-    with naming_full_disk(str(path)):
-        try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
-        except Exception as e:  # safetensors wraps the operating system's error
-            if "No space left" in str(e) or "os error 28" in str(e):
-                raise OSError(28, str(e)) from e
-            raise

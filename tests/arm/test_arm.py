@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import MODEL, saved_variant
 
-from llamaq.evaluate.scores import agreement
+from llamaq.config import ExportConfig
 from llamaq.export.exporter import export_pte
 from llamaq.export.pte import Pte
+from llamaq.model.compare import agreement
 
 pytestmark = pytest.mark.arm
 TOKENS = torch.randint(0, MODEL["vocab_size"], (12,), generator=torch.Generator().manual_seed(3))
@@ -34,7 +35,8 @@ def arm() -> Path:
 def test_arm_computes_what_x86_does(arm, tmp_path, kind):
     pte = tmp_path / "model.pte"
     saved_variant(tmp_path / "model", kind)
-    export_pte(tmp_path / "model", pte, 32, 64, {"get_bos_id": 1, "get_eos_ids": [2]})
+    lengths = ExportConfig(max_seq_length=32, max_context_length=64)
+    export_pte(tmp_path / "model", pte, lengths, {"get_bos_id": 1, "get_eos_ids": [2]})
     np.save(tmp_path / "tokens.npy", TOKENS.numpy())
     script = Path(__file__).with_name("run_logits.py")
     command = [arm, script, pte, tmp_path / "tokens.npy", tmp_path / "logits.npz"]

@@ -15,30 +15,96 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llamaq import torchao_compat  # noqa: F401
-from llamaq.config import load
+from llamaq.checkpoints.load import start_weights
+from llamaq.config import Config, load
 from llamaq.data.datasets import build_dataset
-from llamaq.model.causal_lm import CausalLM, build_decoder, build_model
+from llamaq.data.tokenizer import tokenizer_of
+from llamaq.model.build import build_decoder, build_model, scheme_of
+from llamaq.model.causal_lm import CausalLM
+from llamaq.model.online import attach_online
+from llamaq.model.shape import shape_of
 from llamaq.quant.prepare import freeze, prepare
-from llamaq.quant.scheme import Scheme
-from llamaq.recipes.spinquant import bar, judge, windows
 from llamaq.spinquant.calibrate import collect
-from llamaq.spinquant.expected_noise import EndToEnd, ExpectedNoise, learn_as_published, learn_by_noise
+from llamaq.spinquant.candidates import judge
+from llamaq.spinquant.end_to_end import EndToEnd, learn_as_published
+from llamaq.spinquant.expected_noise import ExpectedNoise, learn_by_noise
 from llamaq.spinquant.gptq import Rounding, round_layers
-from llamaq.spinquant.rotations import Rotations, Shape, attach_online, fuse_norms, rotate
-from llamaq.train.sft import start_weights, tokenizer_of
+from llamaq.spinquant.loops import bar
+from llamaq.spinquant.rotations import Rotations, fuse_norms, rotate
+from llamaq.spinquant.windows import windows
 
+CPU = torch.device("cpu")
 T_95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, by number of seeds
 
 
-def heldout(c, count: int) -> torch.Tensor:
-    """Windows [n, s] of the evaluation text."""
+def heldout(c: Config, count: int) -> Tensor:
+    """Return windows [n, s] of the evaluation text."""
     tokenizer = tokenizer_of(c)
     dataset = build_dataset(c.evaluate.dataset, tokenizer, "evaluate.dataset")
     stream = [t for i in range(len(dataset)) for t in dataset[i]["tokens"]]
     n = min(count, len(stream) // tokenizer.max_seq_len)
     return torch.tensor(stream[: n * tokenizer.max_seq_len]).view(n, -1)
+
+
+class Bench:
+    """One model with its text, and what has been measured on it so far."""
+
+    def __init__(self, c: Config, num_windows: int):
+        self.model, self.scheme, self.weights = c.model, scheme_of(c), start_weights(c)
+        self.bf16 = build_model(c.model, self.weights, None).eval()
+        self.shape, self.text, self.unseen = shape_of(c.model), windows(c)[0], heldout(c, num_windows)
+        self.batches = list(self.text.split(8))
+        self.kl: dict[str, list[Tensor]] = {}  # by rotation and rounding: for each seed, by held-out window
+        self.seconds: dict[str, list[float]] = {}  # of learning
+        began = time.monotonic()
+        self.fused = fuse_norms(self.weights, self.shape)
+        decoder: Any = build_decoder(c.model, self.fused).eval().requires_grad_(False)
+        self.statistics = collect(decoder, self.shape, self.batches, 0)
+        self.collecting = time.monotonic() - began
+
+    @torch.no_grad()
+    def measure(self, name: str, r: Rotations, how: Rounding | None) -> None:
+        """Merge rotations, round (None: to nearest, without calibration) and note the KL on the held-out windows."""
+        rotated = rotate(self.weights, self.shape, r)
+        student: Any = prepare(build_decoder(self.model, rotated), self.scheme)
+        exact = build_decoder(self.model, rotated)
+        for decoder in (student, exact):
+            attach_online(decoder.eval().requires_grad_(False), r.r4)
+        if how is not None:
+            round_layers(student, self.batches, self.scheme.linear, how, exact, progress=bar(name, "layer"))
+        freeze(student)
+        kl = judge(CausalLM(student), self.bf16, self.unseen, 8, CPU, bar(f"{name}: judge", "batch"))
+        self.kl.setdefault(name, []).append(kl)
+        print(f"{name}: {kl.mean():.3e}", flush=True)
+
+    def measure_both(self, name: str, r: Rotations) -> None:
+        """Measure rotations with the published rounding and with ours."""
+        self.measure(f"{name}, plain GPTQ", r, Rounding.published())
+        self.measure(f"{name}, our GPTQ", r, Rounding())
+
+    def rotations_by_noise(self, start: Rotations, seed: int, steps: int) -> Rotations:
+        """Learn by the default objective."""
+        began, name = time.monotonic(), f"noise, {steps} steps"
+        objective = ExpectedNoise(self.fused, self.shape, self.statistics, self.scheme, None, seed, CPU)
+        learned = learn_by_noise(objective, start, steps, 2e-2, bar(name, "step"))
+        self.seconds.setdefault(name, []).append(time.monotonic() - began + self.collecting)
+        return learned.rotations
+
+    def published_rotations(self, start: Rotations, seed: int, steps: int) -> Rotations:
+        """Learn by the published objective, on all windows in an order of the seed's."""
+        began = time.monotonic()
+        untied = self.weights | {"output.weight": self.weights["tok_embeddings.weight"]}
+        model = EndToEnd(build_decoder(self.model, untied).eval(), untied, self.shape, start.r4, None)
+        # 800 windows as published where there are as many
+        order = torch.randperm(len(self.text), generator=torch.Generator().manual_seed(seed))
+        batches = list(self.text[order].split(8))
+        learned = learn_as_published(model, start, batches, steps, 1.5, bar("published", "step"))
+        model.close()
+        self.seconds.setdefault("published", []).append(time.monotonic() - began)
+        return learned.rotations
 
 
 def main() -> None:
@@ -50,68 +116,25 @@ def main() -> None:
     parser.add_argument("--published-steps", type=int, default=100)
     parser.add_argument("--json", type=Path)
     arguments, settings = parser.parse_known_args()
-    c = load(arguments.config, settings)
-    scheme, weights = Scheme(group_size=c.scheme.group_size), start_weights(c)
-    bf16 = build_model(c.model, weights, None).eval()
-    shape, text, unseen = Shape.of(bf16.decoder), windows(c)[0], heldout(c, arguments.windows)
-    batches = list(text.split(8))
-    results: dict[str, list[torch.Tensor]] = {}
-    seconds: dict[str, list[float]] = {}
-
-    @torch.no_grad()
-    def measure(name: str, r: Rotations, how: Rounding | None) -> None:
-        rotated = rotate(weights, shape, r)
-        student: Any = prepare(build_decoder(c.model, rotated), scheme)
-        exact = build_decoder(c.model, rotated)
-        for decoder in (student, exact):
-            attach_online(decoder.eval().requires_grad_(False), r.r4)
-        if how is not None:
-            round_layers(student, batches, scheme.linear, how, exact, progress=bar(name, "layer"))
-        freeze(student)
-        kl = judge(CausalLM(student), bf16, unseen, 8, torch.device("cpu"), name)
-        results.setdefault(name, []).append(kl)
-        print(f"{name}: {kl.mean():.3e}", flush=True)
-
-    nothing, which = Rotations(), {"r1", "r2", "r4"}
-    measure("none, PTQ", nothing, None)
-    measure("none, plain GPTQ", nothing, Rounding.published())
-    measure("none, our GPTQ", nothing, Rounding())
-    measure("R4, our GPTQ", Rotations.random(shape, {"r4"}, 0), Rounding())
-    began = time.monotonic()
-    fused = fuse_norms(weights, shape)
-    statistics = collect(build_decoder(c.model, fused).eval().requires_grad_(False), shape, batches, 0)
-    collecting = time.monotonic() - began
+    bench = Bench(load(arguments.config, settings), arguments.windows)
+    bench.measure("none, PTQ", Rotations(), None)
+    bench.measure_both("none", Rotations())
+    bench.measure("R4, our GPTQ", Rotations.random(bench.shape, {"r4"}, 0), Rounding())
     for seed in range(arguments.seeds):
-        start = Rotations.random(shape, which, seed)
-        measure("random, plain GPTQ", start, Rounding.published())
+        start = Rotations.random(bench.shape, {"r1", "r2", "r4"}, seed)
+        bench.measure("random, plain GPTQ", start, Rounding.published())
         for steps in arguments.steps:
-            began = time.monotonic()
-            objective = ExpectedNoise(fused, shape, statistics, scheme, True, None, seed, torch.device("cpu"))
-            learned = learn_by_noise(objective, start, steps, 2e-2, bar(f"noise, {steps} steps", "step"))
-            seconds.setdefault(f"noise, {steps} steps", []).append(time.monotonic() - began + collecting)
-            measure(f"noise, {steps} steps, plain GPTQ", learned.rotations, Rounding.published())
-            measure(f"noise, {steps} steps, our GPTQ", learned.rotations, Rounding())
+            bench.measure_both(f"noise, {steps} steps", bench.rotations_by_noise(start, seed, steps))
         if arguments.published_steps:
-            began = time.monotonic()
-            untied = weights | {"output.weight": weights["tok_embeddings.weight"]}
-            model = EndToEnd(build_decoder(c.model, untied).eval(), untied, shape, start.r4, None)
-            # 800 windows as published where there are as many
-            order = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed))
-            learned = learn_as_published(
-                model, start, list(text[order].split(8)), arguments.published_steps, 1.5, bar("published", "step")
-            )
-            model.close()
-            seconds.setdefault("published", []).append(time.monotonic() - began)
-            measure("published, plain GPTQ", learned.rotations, Rounding.published())
-            measure("published, our GPTQ", learned.rotations, Rounding())
-        show(results, seconds)
+            bench.measure_both("published", bench.published_rotations(start, seed, arguments.published_steps))
+        show(bench.kl, bench.seconds)
     if arguments.json:
-        table = {k: [float(x.mean()) for x in v] for k, v in results.items()}
-        arguments.json.write_text(json.dumps({"kl": table, "seconds": seconds}, indent=1))
+        table = {k: [float(x.mean()) for x in v] for k, v in bench.kl.items()}
+        arguments.json.write_text(json.dumps({"kl": table, "seconds": bench.seconds}, indent=1))
 
 
-def show(results: dict[str, list[torch.Tensor]], seconds: dict[str, list[float]]) -> None:
-    """The table as markdown, and the comparisons the issue asks for."""
+def show(results: dict[str, list[Tensor]], seconds: dict[str, list[float]]) -> None:
+    """Print the table as markdown, the best rotation against the published one and none, and the learning times."""
     print("\n| rotation, rounding | KL × 1000 (95 % over seeds) | share of PTQ's KL won back |\n| --- | ---: | ---: |")
     ptq = float(results["none, PTQ"][0].mean())
     for name, runs in results.items():
@@ -122,14 +145,18 @@ def show(results: dict[str, list[torch.Tensor]], seconds: dict[str, list[float]]
     best = [n for n in results if n.startswith("noise") and n.endswith("our GPTQ")][-1]
     for other in ("published, plain GPTQ", "none, our GPTQ"):
         if other in results:
-            ours, theirs = torch.stack(results[best]).mean(0), torch.stack(results[other]).mean(0)
-            draws = torch.randint(len(ours), (2000, len(ours)), generator=torch.Generator().manual_seed(0))
-            ratios = 1 - ours[draws].sum(1) / theirs[draws].sum(1)
-            low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-            print(f"{best} is {1 - float(ours.sum() / theirs.sum()):.1%} [{low:.1%}, {high:.1%}] below {other}")
-    print(
-        "learning, seconds: " + "; ".join(f"{k} {sum(v) / len(v):.1f}" for k, v in seconds.items()) + "\n", flush=True
-    )
+            print(f"{best} is {compare(results[best], results[other])} below {other}")
+    times = "; ".join(f"{name} {sum(each) / len(each):.1f}" for name, each in seconds.items())
+    print(f"learning, seconds: {times}\n", flush=True)
+
+
+def compare(ours: list[Tensor], theirs: list[Tensor]) -> str:
+    """Say how much lower a KL is, with its interval: a bootstrap over held-out windows, which both share."""
+    a, b = torch.stack(ours).mean(0), torch.stack(theirs).mean(0)  # [windows]
+    draws = torch.randint(len(a), (2000, len(a)), generator=torch.Generator().manual_seed(0))
+    ratios = 1 - a[draws].sum(1) / b[draws].sum(1)
+    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return f"{1 - float(a.sum() / b.sum()):.1%} [{low:.1%}, {high:.1%}]"
 
 
 if __name__ == "__main__":

@@ -9,19 +9,16 @@ from conftest import ADAPTERS, MODEL, random_weights, trained_like
 from safetensors.torch import load_file
 from torchtune.models.convert_weights import hf_to_tune
 
-from llamaq.checkpoints.base import load_checkpoint
-from llamaq.checkpoints.quantized import (
-    ffn_params,
-    hf_rows,
-    load_quantized,
-    model_params,
-    save_float,
-    save_peft,
-    save_quantized,
-)
+from llamaq.checkpoints.hugging_face import hf_rows
+from llamaq.checkpoints.load import load_checkpoint
+from llamaq.checkpoints.meta import ffn_params, model_params, save_float
+from llamaq.checkpoints.peft import save_peft
+from llamaq.checkpoints.quantized import load_quantized, save_quantized
+from llamaq.config import ExportConfig
 from llamaq.errors import UserError
 from llamaq.export.exporter import check_keys, executorch_arguments, load_eager
-from llamaq.model.causal_lm import CausalLM, build_decoder, build_model
+from llamaq.model.build import build_decoder, build_model
+from llamaq.model.causal_lm import CausalLM
 from llamaq.quant.prepare import quantized_linears
 from llamaq.quant.scheme import Scheme
 
@@ -61,8 +58,10 @@ def test_layout(exported):
 def test_params_are_what_both_loaders_need(exported):
     params = json.loads((exported[0] / "params.json").read_text())
     assert params["quantization_args"] == {
-        "scheme": "int4_weight_int8_dynamic_activation", "group_size": 32, "spinquant": False,
-    }  # fmt: skip
+        "scheme": "int4_weight_int8_dynamic_activation",
+        "group_size": 32,
+        "spinquant": False,
+    }
     assert params["lora_args"] == {"rank": 16, "scale": 2.0}
     assert params["use_scaled_rope"] is True
 
@@ -77,7 +76,7 @@ def test_executorch_loads_it_and_computes_the_same_bits(exported):
 
 
 def test_the_command_line_is_the_published_one(exported, tmp_path):
-    arguments = executorch_arguments(exported[0], 128, 256, tmp_path / "m.pte", {"get_bos_id": 1})
+    arguments = executorch_arguments(exported[0], tmp_path / "m.pte", ExportConfig(), {"get_bos_id": 1})
     said = " ".join(arguments)
     assert "-qat -lora 16" in said and "--preq_mode 8da4w_output_8da8w --preq_group_size 32" in said
     assert "--preq_embedding_quantize 8,0" in said and "-X -d fp32" in said and "--xnnpack-extended-ops" in said

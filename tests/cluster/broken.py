@@ -1,4 +1,4 @@
-"""A recipe with a bug, which another try would meet again."""
+"""Provide a recipe with a bug, which another try would meet again."""
 
 from llamaq.runs.run import Run
 

@@ -1,4 +1,4 @@
-"""Two nodes of a real Ray cluster on one machine: workers, nodes and the promise of a node are taken away mid-stage."""
+"""Test losses in the middle of a stage, on a real Ray cluster of two nodes: killed workers, lost and drained nodes."""
 
 import re
 import signal
@@ -47,14 +47,13 @@ def losses(folder: Path) -> list[float]:
 
 
 def submit(cluster: Cluster, folder: Path, workers: str, *more: str) -> Job:
-    return Job(
-        cluster, "slow_qat", *settings(folder), "--working-dir", str(HERE), "--num-workers", workers,
-        "--placement", "spread", "--resize-seconds", "8", *more,
-    )  # fmt: skip
+    own = ["--working-dir", str(HERE)]
+    size = ["--num-workers", workers, "--placement", "spread", "--resize-seconds", "8"]
+    return Job(cluster, "slow_qat", *settings(folder), *own, *size, *more)
 
 
 def step(folder: Path) -> int:
-    """The last step done."""
+    """Return the last step done."""
     for stage in ("qat.partial", "qat"):
         if rows := read_metrics(folder / stage / "metrics.jsonl"):
             return rows[-1]["step"]
@@ -62,12 +61,12 @@ def step(folder: Path) -> int:
 
 
 def resumed(job: Job) -> list[int]:
-    """After which steps the run was taken up again. (All nodes log into one folder here, so Ray shows lines twice.)"""
+    """Return the steps after which the run resumed. (All nodes log into one folder, so Ray shows lines twice.)"""
     return list(dict.fromkeys(int(n) for n in re.findall(r"qat: resuming after step (\d+)", job.said)))
 
 
 def sizes(folder: Path) -> list[int]:
-    """How many ranks took part, one after another."""
+    """Return the numbers of ranks that trained, one after the other."""
     ranks = [r["ranks"] for r in read_metrics(folder / "qat/metrics.jsonl")]
     return [n for i, n in enumerate(ranks) if i == 0 or ranks[i - 1] != n]
 

@@ -1,7 +1,7 @@
-"""cluster/launcher.yaml and cluster/rayjob.yaml: what Ray, KubeRay and Kubernetes would refuse, without any of them.
+"""Check that Ray, KubeRay and Kubernetes would accept cluster/launcher.yaml and cluster/rayjob.yaml.
 
-Ray's own validator reads the launcher's file. The RayJob is held against a schema of KubeRay's fields, and whatever in
-it is Kubernetes' own against the models of the kubernetes package; both refuse keys they do not know.
+Ray's own validator checks the launcher's file. A schema of KubeRay's fields checks the RayJob, and the models of the
+kubernetes package check the Kubernetes objects in it. All refuse keys they do not know.
 """
 
 import json
@@ -33,15 +33,15 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def at(document: Any, path: str) -> Any:
-    """The part of a document that a path of keys and indices leads to."""
+    """Return the part of a document that a path of keys and indices leads to."""
     for key in filter(None, path.split(".")):
         document = document[int(key) if isinstance(document, list) else key]
     return document
 
 
 def changed(document: dict, path: str, key: str, new: str | None = None, value: Any = None) -> dict:
-    """A copy with `key` in the part at `path` renamed to `new`, or set to `value`."""
-    document = json.loads(json.dumps(document))  # unlike deepcopy, what an alias shared is apart in it
+    """Return a copy with `key` in the part at `path` renamed to `new`, or set to `value`."""
+    document = json.loads(json.dumps(document))  # unlike deepcopy, it copies what YAML aliases share
     part = at(document, path)
     part[new or key] = part.pop(key) if new else value
     return document
@@ -51,7 +51,7 @@ def changed(document: dict, path: str, key: str, new: str | None = None, value: 
 
 
 def validated(document: dict) -> dict:
-    """The configuration as `ray up` would use it."""
+    """Return the configuration as `ray up` would use it."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     prepared = prepare_config(document)
@@ -62,7 +62,7 @@ def validated(document: dict) -> dict:
 def test_ray_accepts_the_launchers_file():
     prepared = validated(read(LAUNCHER))
     assert prepared["available_node_types"]["gpu"]["max_workers"] == prepared["max_workers"]
-    # nothing of Ray's own defaults, which install another Ray
+    # Ray's default setup commands are not used: they install another Ray
     assert not [c for c in prepared["worker_setup_commands"] if "ray-wheels" in c]
 
 
@@ -109,7 +109,7 @@ def test_every_node_of_the_launcher_has_the_token_and_the_secrets():
 
 
 def kubernetes(validator: Any, model: str, value: Any, schema: dict):
-    """The schema's keyword "kubernetes": the value is one of Kubernetes' own objects, named as the package names it."""
+    """Check the schema's keyword "kubernetes": the value is an object of this model of the kubernetes package."""
     import kubernetes.client
     import pydantic
 
@@ -119,12 +119,12 @@ def kubernetes(validator: Any, model: str, value: Any, schema: dict):
         for error in e.errors():
             yield ValidationError(f"{error['msg']}: {error['loc'][-1]!r}", path=error["loc"])
         return
-    if parsed.model_dump(by_alias=True, exclude_none=True) != value:  # the package takes Python's names as well
+    if parsed.model_dump(by_alias=True, exclude_none=True) != value:  # the package also accepts Python's names
         yield ValidationError(f"a key is not spelled as in Kubernetes, or null, in {value}")
 
 
 def errors(document: dict) -> list[str]:
-    """What KubeRay and Kubernetes would not accept, as `where: what`."""
+    """Return what KubeRay and Kubernetes would not accept, as `where: what`."""
     validator = validators.extend(Draft202012Validator, {"kubernetes": kubernetes})(SCHEMA)
     return [f"{'.'.join(map(str, e.absolute_path))}: {e.message}" for e in validator.iter_errors(document)]
 
@@ -184,7 +184,7 @@ def pods(document: dict) -> dict[str, dict]:
 
 
 def claims(pod: dict) -> dict[str, str]:
-    """Where a pod's container sees which persistent volume claim."""
+    """Return the persistent volume claims that a pod's container sees, by mount path."""
     volumes = {
         v["name"]: v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v
     }
@@ -193,7 +193,7 @@ def claims(pod: dict) -> dict[str, str]:
 
 
 def entrypoint(document: dict) -> tuple[str, Any, Any]:
-    """The recipe, the configuration and the options of the job, from its own parser, with every key=value applied."""
+    """Return recipe, configuration and options of the job, parsed as the job does it."""
     from llamaq.cluster.job import parse
 
     words = shlex.split(document["spec"]["entrypoint"])
@@ -203,7 +203,7 @@ def entrypoint(document: dict) -> tuple[str, Any, Any]:
 
 
 def not_shared(document: dict) -> list[str]:
-    """Settings of the job that name a path outside the volume all pods see at the same place."""
+    """Return the settings of the job that name a path outside the volume that all pods mount at the same path."""
     everywhere = set.intersection(*(set(claims(pod).items()) for pod in pods(document).values()))
     _, config, _ = entrypoint(document)
     paths = {key: Path(getattr(config, key)) for key in PATHS} | {"tokenizer": Path(config.tokenizer["path"])}
@@ -261,12 +261,12 @@ def test_versions_are_those_of_the_project():
     assert {p["containers"][0]["image"].split(":")[1] for p in pods(rayjob).values()} == {llamaq.__version__}
 
 
-# keys whose values name a secret, or say where one lies
+# keys whose values are names of secrets or of files that hold them
 NAMES = ("secretKeyRef", "secretName", "key", "KeyName", "ssh_private_key")
 
 
 def secrets(text: str) -> list[str]:
-    """Secrets that stand in a file: under keys, in environments of containers, in commands, even in comments."""
+    """Return the secrets in a file: under keys, in environments of containers, in commands and in comments."""
     found = re.findall(r"\bAKIA[0-9A-Z]{16}\b|\b[0-9a-f]{32,}\b|\b(?:hf|ghp)_\w{20,}|PRIVATE KEY", text)
     for name, value in re.findall(r"([\w.-]+)=(?![=\s])([^\s\"']+)", text):
         if SECRET.search(name) and not name.endswith("_PATH") and value[0] not in "$…":

@@ -1,46 +1,47 @@
-"""What `tune submit` refuses before it talks to a cluster, and what it sends."""
+"""Test what `tune submit` refuses before it talks to a cluster, and what it sends."""
 
 import argparse
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import small
 from omegaconf import OmegaConf
 
 from llamaq.cluster import job, submit
-from llamaq.cluster.options import Options, add_options, options_of, split_settings
+from llamaq.cluster.options import Options, add_options, parse_options, split_settings
 from llamaq.config import deepspeed_settings, load
 from llamaq.errors import UserError
 
 ABSOLUTE = ["output_dir=/shared/run", "device=cpu"]
 
 
-def options(*words: str) -> Options:
+def parsed(*words: str) -> Options:
     parser = argparse.ArgumentParser()
     add_options(parser)
     words, settings = split_settings(["qat", "--config", "tiny", *words])  # pyright: ignore[reportAssignmentType]
     arguments = parser.parse_args(words)
     c = load(arguments.config, [*ABSOLUTE, *settings])
-    found = options_of(arguments, c)
+    found = parse_options(arguments, c)
     found.check(c)
     return found
 
 
 def test_settings_may_stand_anywhere():
     words = ["qat", "seed=1", "--env", "A=B", "--config", "tiny", "~base", "--detach", "qat.max_steps=2"]
-    assert split_settings(words) == (
-        ["qat", "--env", "A=B", "--config", "tiny", "--detach"], ["seed=1", "~base", "qat.max_steps=2"],
-    )  # fmt: skip
+    options, settings = split_settings(words)
+    assert options == ["qat", "--env", "A=B", "--config", "tiny", "--detach"]
+    assert settings == ["seed=1", "~base", "qat.max_steps=2"]
 
 
 def test_defaults_and_what_ray_is_told():
-    o = options()
+    o = parsed()
     assert (o.workers, o.bundle, o.placement, o.wait_minutes) == (1, {"CPU": 1.0}, "pack", 15.0)
-    o = options("--num-workers", "2:4", "--cpus-per-worker", "3", "--placement", "spread")
+    o = parsed("--num-workers", "2:4", "--cpus-per-worker", "3", "--placement", "spread")
     assert o.workers == (2, 4) and o.bundle == {"CPU": 3.0}
-    gpu = options("device=auto")
+    gpu = parsed("device=auto")
     assert gpu.bundle == {"CPU": 1.0, "GPU": 1.0}
-    assert options(*o.arguments()) == o  # what is sent along is what was asked for
+    assert parsed(*o.arguments()) == o  # what is sent along is what was asked for
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_defaults_and_what_ray_is_told():
 )
 def test_what_cannot_work_is_refused(words, message):
     with pytest.raises(UserError) as e:
-        options(*words)
+        parsed(*words)
     assert message in str(e.value)
 
 
@@ -93,9 +94,15 @@ def test_what_is_sent_is_the_package_as_installed_and_the_whole_configuration(tm
     c = small(tmp_path / "run")
     submit.pack(tmp_path / "sent", c, own)
     sent = {p.relative_to(tmp_path / "sent").as_posix() for p in (tmp_path / "sent").rglob("*") if p.is_file()}
-    expected = {"config.yaml", "mine.py", "llamaq/config.py", "llamaq/recipes/qat.py",
-                "llamaq/recipes/configs/tiny.yaml", "llamaq/cluster/job.py",
-                "llamaq/cluster/deepspeed/zero1.json"}  # fmt: skip
+    expected = {
+        "config.yaml",
+        "mine.py",
+        "llamaq/config/schema.py",
+        "llamaq/recipes/qat.py",
+        "llamaq/recipes/configs/tiny.yaml",
+        "llamaq/cluster/job.py",
+        "llamaq/cluster/deepspeed/zero1.json",
+    }
     assert expected <= sent and not any("__pycache__" in name for name in sent)
     sent_config = load(str(tmp_path / "sent/config.yaml"))
     assert deepspeed_settings(sent_config) == deepspeed_settings(c)  # inlined: the file it may name stays here
@@ -120,18 +127,25 @@ def test_the_job_checks_its_command_line_before_it_joins_the_cluster():
 
 
 @pytest.mark.parametrize(
-    "error, lasts",
+    "error",
     [
-        (UserError("x"), True), (KeyError("x"), True), (ImportError("x"), True), (AssertionError(), True),
-        (RuntimeError("gloo: connection closed by peer"), False), (OSError("stale file handle"), False),
-        (ConnectionResetError(), False),
+        UserError("x"),
+        KeyError("x"),
+        ImportError("x"),
+        AssertionError(),
+        NotImplementedError(),
+        torch.OutOfMemoryError("x"),
     ],
-)  # fmt: skip
-def test_errors_that_another_try_would_meet_again(error, lasts):
-    assert job.lasting(error) is lasts
+    ids=repr,
+)
+def test_errors_that_another_try_would_meet_again_are_permanent(error):
+    assert job.is_permanent(error)
 
 
-def test_too_little_gpu_memory_is_not_retried():
-    import torch
-
-    assert job.lasting(torch.OutOfMemoryError("x"))
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("gloo: connection closed by peer"), OSError("stale file handle"), ConnectionResetError()],
+    ids=repr,
+)
+def test_errors_of_lost_peers_and_disks_are_retried(error):
+    assert not job.is_permanent(error)

@@ -1,4 +1,4 @@
-"""`tune submit` to a real Ray cluster on one machine: the whole chain, and every way to be told that it will not do."""
+"""Test `tune submit` with a real Ray cluster on one machine: the whole chain, and every message about a failure."""
 
 import json
 import os
@@ -25,15 +25,8 @@ def cluster():
 
 
 def settings(folder: Path, *overrides: str) -> list[str]:
-    return [
-        "--config",
-        "tiny",
-        *SMALL,
-        "wandb.mode=offline",
-        f"output_dir={folder}",
-        "qat_dpo.optimizer.lr=1e-4",
-        *overrides,
-    ]
+    sizes = ["--config", "tiny", *SMALL, "qat_dpo.optimizer.lr=1e-4"]
+    return [*sizes, "wandb.mode=offline", f"output_dir={folder}", *overrides]
 
 
 def submit(cluster: Cluster, folder: Path, *more: str, recipe: str = "qat_lora_dpo") -> Job:
@@ -44,8 +37,8 @@ def submit(cluster: Cluster, folder: Path, *more: str, recipe: str = "qat_lora_d
 
 def test_a_submitted_chain_ends_with_the_report_of_a_run_on_one_process(cluster, tmp_path):
     ours = tmp_path / "ours"
-    job = Job(cluster, "qat_lora_dpo", *settings(ours), "--num-workers", "2", "--wait-minutes", "1",
-              environment={"WANDB_API_KEY": SECRET})  # fmt: skip
+    size = ["--num-workers", "2", "--wait-minutes", "1"]
+    job = Job(cluster, "qat_lora_dpo", *settings(ours), *size, environment={"WANDB_API_KEY": SECRET})
     assert job.wait(400) == 0, job.said[-4000:]
     assert f"report: {ours}/report/report.md" in job.said
     assert "rank  host" in job.said and "qat: 100%" in job.said  # who takes part, and progress
@@ -55,7 +48,7 @@ def test_a_submitted_chain_ends_with_the_report_of_a_run_on_one_process(cluster,
     subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=True, capture_output=True, timeout=400)
     for stage in STAGES:
         losses = [[r["loss"] for r in read_metrics(f / stage / "metrics.jsonl")] for f in (ours, theirs)]
-        # a stage starts from what the one before it left, to the last bit or not
+        # stages start from the weights of the stage before, which are not equal to the last bit
         assert losses[0] == pytest.approx(losses[1], rel=1e-3 if stage == "qat_dpo" else 1e-4), stage
     scores = [json.loads((f / "evaluate/manifest.json").read_text())["metrics"]["scores"] for f in (ours, theirs)]
     for model, values in scores[1].items():
@@ -79,11 +72,8 @@ def test_a_submitted_chain_ends_with_the_report_of_a_run_on_one_process(cluster,
 
 
 def headings(folder: Path) -> list[str]:
-    return [
-        line
-        for line in (folder / "report/report.md").read_text().splitlines()[1:]
-        if line.startswith(("#", "| model |"))
-    ]
+    lines = (folder / "report/report.md").read_text().splitlines()[1:]
+    return [line for line in lines if line.startswith(("#", "| model |"))]
 
 
 def test_no_cluster_at_the_address(tmp_path):

@@ -1,4 +1,4 @@
-"""Several nodes by hand: two torchrun agents that meet at a rendezvous, as on two machines."""
+"""Test several nodes under torchrun: two agents that meet at a rendezvous, as on two machines."""
 
 import os
 import subprocess
@@ -15,11 +15,10 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO
 
 
 def both(folders: tuple[Path, Path], output_dir: str) -> list[subprocess.CompletedProcess]:
-    """The same command on two nodes; on a node, the current folder is its own."""
-    port = free_port()
-    command = [BIN / "tune", "run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
-               "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1", "qat", "--config", "tiny", *SMALL,
-               f"output_dir={output_dir}"]  # fmt: skip
+    """Run the same command on two nodes, each with its own current folder."""
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--local_addr", "127.0.0.1"]
+    torchrun = ["--nnodes", "2", "--nproc_per_node", "1", *rendezvous]
+    command = [BIN / "tune", "run", *torchrun, "qat", "--config", "tiny", *SMALL, f"output_dir={output_dir}"]
     nodes = [
         subprocess.Popen(command, cwd=f, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for f in folders
@@ -41,10 +40,8 @@ def folders(tmp_path) -> tuple[Path, Path]:
 def test_two_nodes_train_like_one_process(tmp_path, folders):
     nodes = both(folders, str(tmp_path / "two"))
     assert [n.returncode for n in nodes] == [0, 0], nodes[0].stderr[-3000:]
-    subprocess.run(
-        [BIN / "tune", "run", "qat", "--config", "tiny", *SMALL, f"output_dir={tmp_path}/one"],
-        env=ENVIRONMENT, check=True, capture_output=True, timeout=200,
-    )  # fmt: skip
+    command = [BIN / "tune", "run", "qat", "--config", "tiny", *SMALL, f"output_dir={tmp_path}/one"]
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=200)
     losses = [[r["loss"] for r in read_metrics(tmp_path / f / "qat/metrics.jsonl")] for f in ("two", "one")]
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 

@@ -6,24 +6,27 @@ import pytest
 import torch
 from conftest import small
 
-from llamaq.data.corpus import read_documents, tiny_chat, write_jsonl
-from llamaq.data.datasets import (
+from llamaq.data.batches import (
     IGNORE,
     SampleOrder,
-    TextWindows,
-    build_dataset,
-    build_tokenizer,
     collate_pairs,
     collate_sft,
     micro_batch_size,
     micro_batches,
     num_micro_batches,
-    usable_pairs,
 )
+from llamaq.data.corpus import tiny_chat, write_jsonl
+from llamaq.data.datasets import build_dataset, usable_pairs
+from llamaq.data.text import TextWindows, read_documents
+from llamaq.data.tokenizer import build_tokenizer
 from llamaq.errors import UserError
 
-CHAT = {"_component_": "torchtune.datasets.chat_dataset", "source": "json", "conversation_column": "messages",
-        "conversation_style": "openai"}  # fmt: skip
+CHAT = {
+    "_component_": "torchtune.datasets.chat_dataset",
+    "source": "json",
+    "conversation_column": "messages",
+    "conversation_style": "openai",
+}
 PAIRS = {"_component_": "torchtune.datasets.preference_dataset", "source": "json"}
 
 
@@ -35,8 +38,12 @@ def corpus(tmp_path_factory):
 
 
 def tokenizer_for(corpus, max_seq_len=96, vocab=600):
-    component = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": str(corpus / "tokenizer.model"),
-                 "special_tokens_path": str(corpus / "special_tokens.json"), "max_seq_len": max_seq_len}  # fmt: skip
+    component = {
+        "_component_": "torchtune.models.llama3.llama3_tokenizer",
+        "path": str(corpus / "tokenizer.model"),
+        "special_tokens_path": str(corpus / "special_tokens.json"),
+        "max_seq_len": max_seq_len,
+    }
     return build_tokenizer(component, vocab)
 
 
@@ -96,7 +103,7 @@ def test_a_micro_batch_is_the_same_on_any_number_of_ranks():
 
 
 def test_every_rank_makes_as_many_passes_and_none_is_without_work(tmp_path):
-    training = small(tmp_path / "a", "qat.batch_size=4", "qat.global_batch_size=8").training("qat")
+    training = small(tmp_path / "a", "qat.batch_size=4", "qat.global_batch_size=8").section("qat")
     assert [micro_batch_size(training, w) for w in (1, 2, 3, 4, 5, 8)] == [4, 4, 2, 2, 1, 1]
     order = SampleOrder(100, seed=0)
     for training.global_batch_size in (8, 16, 32, 30):
@@ -140,7 +147,7 @@ def test_packed_samples_do_not_see_or_predict_each_other(corpus):
 def test_packing_gives_the_same_logprobs_as_samples_alone(corpus):
     from conftest import MODEL
 
-    from llamaq.model.causal_lm import build_model
+    from llamaq.model.build import build_model
     from llamaq.quant.scheme import Scheme
 
     model = build_model(MODEL, None, Scheme()).eval()
@@ -221,10 +228,13 @@ def test_llama_3s_own_image_token_beyond_the_vocabulary_is_accepted(corpus, tmp_
         if token["content"] == "<|image|>":
             token["id"] = 600
     (tmp_path / "special_tokens.json").write_text(json.dumps(special))
-    component = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": str(corpus / "tokenizer.model"),
-                 "special_tokens_path": str(tmp_path / "special_tokens.json")}  # fmt: skip
+    component = {
+        "_component_": "torchtune.models.llama3.llama3_tokenizer",
+        "path": str(corpus / "tokenizer.model"),
+        "special_tokens_path": str(tmp_path / "special_tokens.json"),
+    }
     build_tokenizer(component, 600)
 
 
 def test_the_small_config_of_the_tests_is_well_formed(tmp_path):
-    assert small(tmp_path / "x").training("qat").max_steps == 6
+    assert small(tmp_path / "x").section("qat").max_steps == 6

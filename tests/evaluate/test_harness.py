@@ -9,11 +9,14 @@ import torch
 from conftest import MODEL, trained_like
 
 from llamaq.checkpoints.quantized import save_quantized
+from llamaq.config import ExportConfig
 from llamaq.data.corpus import tiny_chat
-from llamaq.data.datasets import build_tokenizer
+from llamaq.data.tokenizer import build_tokenizer
 from llamaq.errors import UserError
-from llamaq.evaluate.harness import EagerReader, PteReader, check_tasks, harness_model, perplexity, run_tasks
-from llamaq.export.exporter import PteOptions, export_pte
+from llamaq.evaluate.harness import harness_model, perplexity
+from llamaq.evaluate.readers import EagerReader, PteReader
+from llamaq.evaluate.tasks import check_tasks, run_tasks
+from llamaq.export.exporter import export_pte
 from llamaq.export.pte import Pte
 from llamaq.quant.scheme import Scheme
 
@@ -25,8 +28,11 @@ TEXT = "Anna lives in Rome. How many days has June? June has 30 days, and so has
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     tiny_chat(folder, num_train=80, num_pairs=10, num_heldout=10, num_people=40, vocab_size=VOCAB)
-    component = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": str(folder / "tokenizer.model"),
-                 "special_tokens_path": str(folder / "special_tokens.json")}  # fmt: skip
+    component = {
+        "_component_": "torchtune.models.llama3.llama3_tokenizer",
+        "path": str(folder / "tokenizer.model"),
+        "special_tokens_path": str(folder / "special_tokens.json"),
+    }
     return build_tokenizer(component, VOCAB)
 
 
@@ -127,11 +133,13 @@ def write_tasks(folder: Path) -> Path:
     """One task of each kind, with data of its own: choices, perplexity, an answer."""
     folder.mkdir()
     rows = {
-        "choice": [{"q": f"{m} has", "choices": [" 30 days", " 31 days", " 28 days"], "gold": i % 3}
-                   for i, m in enumerate(["June", "May", "February", "April", "March", "July"])],
+        "choice": [
+            {"q": f"{m} has", "choices": [" 30 days", " 31 days", " 28 days"], "gold": i % 3}
+            for i, m in enumerate(["June", "May", "February", "April", "March", "July"])
+        ],
         "text": [{"text": TEXT[i : i + 200]} for i in (0, 7)],
         "answer": [{"q": "How many days has June?", "a": "June has 30 days."}, {"q": "Where is Anna?", "a": "Rome"}],
-    }  # fmt: skip
+    }
     for name, data in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
     common = (
@@ -183,8 +191,8 @@ def files(tmp_path_factory, model):
     frozen = trained_like(Scheme(), frozen=True, weights=dict(model.decoder.state_dict()))
     save_quantized(folder / "model", frozen.decoder, Scheme())
     for name, full in (("last", False), ("full", True)):
-        options = PteOptions(full_logits=full)
-        export_pte(folder / "model", folder / f"{name}.pte", 16, 128, {"get_bos_id": 1, "get_eos_ids": [2]}, options)
+        options = ExportConfig(max_seq_length=16, max_context_length=128, full_logits=full)
+        export_pte(folder / "model", folder / f"{name}.pte", options, {"get_bos_id": 1, "get_eos_ids": [2]})
     return {name: Pte(folder / f"{name}.pte") for name in ("last", "full")}
 
 
@@ -199,8 +207,10 @@ def test_a_pte_scores_as_the_model_does(files, model, tokenizer, tmp_path, kind)
         for metric, m in ours[task]["metrics"].items():
             assert theirs[task]["metrics"][metric]["value"] == pytest.approx(m["value"], rel=1e-3), (task, metric)
     prompts = [("How many days has June?", {"max_gen_toks": 12}), (TEXT[:120], {"max_gen_toks": 12})]
-    answers = [ask(harness_model(r, tokenizer).generate_until, *prompts)
-               for r in (PteReader(files[kind]), EagerReader(model, 128, 4))]  # fmt: skip
+    answers = [
+        ask(harness_model(r, tokenizer).generate_until, *prompts)
+        for r in (PteReader(files[kind]), EagerReader(model, 128, 4))
+    ]
     assert answers[0] == answers[1]
 
 

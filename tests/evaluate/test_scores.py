@@ -7,11 +7,20 @@ import torch
 import torch.nn.functional as F
 from conftest import trained_like
 
-from llamaq.data.datasets import collate_sft
-from llamaq.evaluate.scores import Scores, agreement, score, share_won_back
-from llamaq.model import causal_lm as model_module
+from llamaq.data.batches import collate_sft
+from llamaq.evaluate.scores import (
+    Scores,
+    score_file,
+    score_metrics,
+    score_model,
+    score_models,
+    share_of_kl,
+    share_won_back,
+)
+from llamaq.model import compare
+from llamaq.model.compare import agreement
 from llamaq.quant.scheme import Scheme
-from llamaq.report import page
+from llamaq.report import tables
 
 
 def make_samples() -> list[dict]:
@@ -22,9 +31,9 @@ def make_samples() -> list[dict]:
 
 @pytest.mark.parametrize("batch_size, chunk", [(1, 1024), (3, 7)])
 def test_scores_equal_the_formulas_sample_by_sample(batch_size, chunk, monkeypatch):
-    monkeypatch.setattr(model_module, "HEAD_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(compare, "HEAD_CHUNK_TOKENS", chunk)
     model, reference, samples = trained_like(Scheme()), trained_like(None), make_samples()
-    result = score(model, {"ref": reference}, samples, lambda s: collate_sft(s, 0), batch_size, "x")
+    result = score_model(model, {"ref": reference}, samples, lambda s: collate_sft(s, 0), batch_size, "x")
     for i, sample in enumerate(samples):
         tokens = torch.tensor([sample["tokens"]])
         with torch.no_grad():
@@ -42,6 +51,44 @@ def scores(nll: list[float]) -> Scores:
     return Scores(torch.full((len(nll),), 10.0, dtype=torch.float64), torch.tensor(nll, dtype=torch.float64), {}, {})
 
 
+def test_a_file_scores_as_its_model_does_up_to_the_tokens_asked_for():
+    """The model itself stands for the file: the first samples that fit, cut to the file's context."""
+    model, reference, samples = trained_like(Scheme()), trained_like(None), make_samples()
+
+    def logits_of(tokens: list[int]) -> torch.Tensor:
+        return model(torch.tensor([tokens]))[0]
+
+    def collate(batch: list[dict]) -> dict:
+        return collate_sft(batch, 0)
+
+    read = score_file(logits_of, {"ref": reference}, samples, collate, max_tokens=27, max_length=100, title="x")
+    expected = score_model(model, {"ref": reference}, samples[:2], collate, 1, "x")
+    assert read.tokens.tolist() == expected.tokens.tolist() == [7, 15]
+    assert read.means() == pytest.approx(expected.means(), rel=1e-5)
+    assert len(score_file(logits_of, {}, samples, collate, max_tokens=1, max_length=100, title="x").tokens) == 1
+    cut = score_file(logits_of, {}, samples, collate, max_tokens=1000, max_length=6, title="x")
+    assert cut.tokens.tolist() == [5, 5, 3, 5]  # tokens up to the sixth are read, and each predicts the next
+
+
+def test_models_are_scored_against_references_that_are_built_once():
+    built = []
+
+    def maker(name: str, scheme: Scheme | None):
+        def make():
+            built.append(name)
+            return trained_like(scheme)
+
+        return make
+
+    makers = {"bf16": maker("bf16", None), "ptq": maker("ptq", Scheme())}
+    found = score_models(makers, ["bf16"], make_samples(), lambda s: collate_sft(s, 0), 2, torch.device("cpu"))
+    assert built == ["bf16", "ptq"]
+    assert float(found["bf16"].kl["bf16"].sum()) == 0 < float(found["ptq"].kl["bf16"].sum())
+    metrics = score_metrics(found)
+    assert metrics["samples"] == 4 and metrics["tokens"] == 7 + 15 + 3 + 10
+    assert metrics["scores"]["bf16"]["top1/bf16"] == 1
+
+
 def test_share_won_back():
     control, ptq = scores([10, 20, 30, 40]), scores([11, 21, 31, 41])
     model = scores([10.25, 20.25, 30.25, 40.25])
@@ -50,6 +97,15 @@ def test_share_won_back():
     assert share["lost_nats_per_token"] == pytest.approx(0.1)
     uneven = share_won_back(ptq, scores([10.0, 20.0, 31.0, 41.0]), control)
     assert uneven["share"] == 0.5 and uneven["low"] < 0.5 < uneven["high"]
+
+
+def test_share_of_kl_is_of_what_ptq_loses():
+    ptq, model = scores([1.0] * 4), scores([1.0] * 4)
+    ptq.kl["bf16"], model.kl["bf16"] = torch.tensor([4.0, 8, 2, 6]).double(), torch.tensor([1.0, 2, 0.5, 1.5]).double()
+    assert share_of_kl(ptq, model, "bf16") == {"share": 0.75, "low": 0.75, "high": 0.75}
+    model.kl["bf16"] = torch.tensor([4.0, 0, 0, 1]).double()
+    uneven = share_of_kl(ptq, model, "bf16")
+    assert uneven["share"] == 0.75 and uneven["low"] < 0.75 < uneven["high"] <= 1
 
 
 def test_agreement_of_equal_and_of_scaled_logits():
@@ -64,9 +120,9 @@ def test_agreement_of_equal_and_of_scaled_logits():
 
 
 def test_tables():
-    text = page.quality_table(
+    text = tables.quality_table(
         {"bf16": {"nll": 1.0, "perplexity": 2.718, "kl/bf16": 0.0, "top1/bf16": 1.0, "top5/bf16": 1.0}}
     )
     assert text.splitlines()[2] == "| BF16 start | 1.0000 | 2.718 | 0.00e+00 | 1.0000 | 1.0000 |"
     same = {"relative_error": 0.0, "token_error": 0.0, "sqnr_db": math.inf, "kl": 0.0, "top1": 1.0}
-    assert "∞" in page.hand_over_table({"converted": same})
+    assert "∞" in tables.hand_over_table({"converted": same})

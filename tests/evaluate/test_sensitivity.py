@@ -4,19 +4,19 @@ import pytest
 import torch
 from conftest import MODEL, random_weights
 
+from llamaq.evaluate.files import numerics
 from llamaq.evaluate.sensitivity import (
     ENDS,
-    LINEARS,
     Sensitivity,
     advice,
     divergence,
     first_divergence,
-    formats,
+    quantize_only,
     sensitivity,
     units_of,
 )
-from llamaq.evaluate.stages import numerics
-from llamaq.model.causal_lm import build_model
+from llamaq.model.build import build_model
+from llamaq.model.names import LINEARS
 from llamaq.quant.scheme import Scheme
 
 TOKENS = torch.randint(0, 768, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -47,7 +47,7 @@ def test_by_hand():
     units = units_of(model)
     with torch.no_grad():
         whole = model(TOKENS)
-        with formats(units, set()):
+        with quantize_only(units, set()):
             assert torch.equal(model(TOKENS), bf16(TOKENS))
         p, q = bf16(TOKENS).log_softmax(-1), whole.log_softmax(-1)
         s = sensitivity(model, [TOKENS[:1], TOKENS[1:]])

@@ -13,15 +13,21 @@ from conftest import SMALL, small
 from test_harness import TASKS, write_tasks
 
 from llamaq.errors import UserError
-from llamaq.evaluate.stages import check
+from llamaq.evaluate.models import check_evaluation
 from llamaq.recipes.evaluate import chain_names
 from llamaq.report import card
-from llamaq.runs.run import read_manifest, sha256_file
+from llamaq.runs.files import sha256_file
+from llamaq.runs.manifest import read_manifest
 
 TUNE = Path(sys.executable).parent / "tune"
 QUANTIZED = ("ptq", "qat", "qat_lora", "final")
-COMMON = [*SMALL, "evaluate.control=false", "evaluate.file_tokens=200", "evaluate.speed_new_tokens=8",
-          "evaluate.speed_prompt_tokens=16"]  # fmt: skip
+COMMON = [
+    *SMALL,
+    "evaluate.control=false",
+    "evaluate.file_tokens=200",
+    "evaluate.speed_new_tokens=8",
+    "evaluate.speed_prompt_tokens=16",
+]
 
 
 def run(folder: Path, recipe: str, *settings: str) -> str:
@@ -50,10 +56,13 @@ def measured(chain, tmp_path_factory) -> tuple[Path, list[str]]:
     (folder / "text.txt").write_text("Anna lives in Rome. June has 30 days.\fMay has 31 days.")
     names = ["bf16", *QUANTIZED]
     settings = [
-        f"evaluate.models=[{','.join(names + [f'{n}.pte' for n in names])}]", f"evaluate.tasks=[{','.join(TASKS)}]",
-        f"evaluate.tasks_dir={folder}/tasks", f"evaluate.perplexity_text={folder}/text.txt",
-        "evaluate.sensitivity_samples=4", "evaluate.speed=false",
-    ]  # fmt: skip
+        f"evaluate.models=[{','.join(names + [f'{n}.pte' for n in names])}]",
+        f"evaluate.tasks=[{','.join(TASKS)}]",
+        f"evaluate.tasks_dir={folder}/tasks",
+        f"evaluate.perplexity_text={folder}/text.txt",
+        "evaluate.sensitivity_samples=4",
+        "evaluate.speed=false",
+    ]
     run(chain, "evaluate", *settings)
     return chain, settings
 
@@ -122,7 +131,7 @@ def test_the_report_has_it_all_and_the_card_stays_the_users(measured):
     assert readme.read_text() == "mine"
     for stage in ("evaluate", "export_ptq", "files", "sensitivity"):
         assert f"{stage}: up to date" in said
-    assert "tasks_ptq.pte: limit changed; running it again" in said
+    assert "tasks_ptq.pte: evaluate.task_limit changed; running it again" in said
 
 
 def test_what_cannot_be_measured_is_said_before_anything_is_trained(tmp_path):
@@ -134,10 +143,10 @@ def test_what_cannot_be_measured_is_said_before_anything_is_trained(tmp_path):
     ):
         c = small(tmp_path, setting)
         if words is None:
-            check(c, *chain_names(c))  # without tasks it is not read
+            check_evaluation(c, *chain_names(c))  # without tasks it is not read
             continue
         with pytest.raises(UserError, match=words):
-            check(c, *chain_names(c))
+            check_evaluation(c, *chain_names(c))
     only_backbone = small(tmp_path, "export.stage=qat", "evaluate.control=false")
     assert chain_names(only_backbone) == (["bf16", "ptq", "qat"], "qat")
 

@@ -14,11 +14,11 @@ import torch
 
 from llamaq.checkpoints.quantized import save_quantized
 from llamaq.config import Config, load
-from llamaq.export.benchmark import measure, memory
+from llamaq.export.benchmark import measure_model, memory
 from llamaq.export.exporter import export_pte
-from llamaq.export.gates import options_of
-from llamaq.model.causal_lm import build_model
-from llamaq.plan.memory import export_bytes, phone_bytes, shape_of
+from llamaq.model.build import build_model
+from llamaq.model.shape import shape_of
+from llamaq.plan.memory import export_bytes, phone_bytes
 from llamaq.quant.scheme import Scheme
 
 
@@ -37,15 +37,13 @@ def write(folder: str, kind: str, settings: list[str]) -> None:
 
 def export(folder: str, kind: str, settings: list[str], peaks) -> None:
     c = configured(folder, kind, settings)
-    e, metadata = c.export, {"get_bos_id": 1, "get_eos_ids": [2]}
-    export_pte(Path(folder) / "model", Path(folder) / "model.pte", e.max_seq_length, e.max_context_length, metadata,
-               options_of(c))  # fmt: skip
+    export_pte(f"{folder}/model", f"{folder}/model.pte", c.export, {"get_bos_id": 1, "get_eos_ids": [2]})
     peaks["export"] = memory("VmHWM")
 
 
 def run(folder: str, kind: str, settings: list[str], peaks) -> None:
     tokens = configured(folder, kind, settings).export.max_seq_length
-    peaks["phone"] = measure(f"{folder}/model.pte", tokens, 4, 1, 1)["memory_bytes"][0]
+    peaks["phone"] = measure_model(f"{folder}/model.pte", tokens, 4, 1, 1)["memory_bytes"][0]
 
 
 def main() -> None:

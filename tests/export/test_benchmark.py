@@ -1,23 +1,25 @@
-"""The device benchmark: real files in processes of their own, the runner's own output, and the way to a phone."""
+"""Test the device benchmark: real files in their own processes, the output of ExecuTorch's runner, and a phone."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import MODEL, saved_variant
 
+from llamaq.config import ExportConfig
 from llamaq.data.corpus import tiny_chat
 from llamaq.export import benchmark as bench
-from llamaq.export.exporter import PteOptions, export_pte
+from llamaq.export.exporter import export_pte
 
 RUNNER = Path(__file__).with_name("run_with_runner.py")
 
 
-def test_summary_and_table():
-    assert bench.summary([3.0]) == (3.0, 3.0, 3.0)
-    assert bench.summary([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
+def test_quartiles_and_table():
+    assert bench.median_and_quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert bench.median_and_quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
     models = {
         "a.pte": {"decode": [10.0, 12.0, 14.0], "file_bytes": [2**20 * 100], "memory_bytes": [2**20 * 300]},
         "b.pte": {"decode": [30.0, 36.0, 42.0], "file_bytes": [2**20 * 44], "memory_bytes": []},
@@ -28,18 +30,28 @@ def test_summary_and_table():
 
 
 def test_the_runners_report_by_hand():
-    """Literal times: a prompt of 64 tokens read in 250 ms, 32 tokens answered in 640 ms."""
+    """Check literal times: a prompt of 64 tokens is read in 250 ms, an answer of 32 tokens takes 640 ms."""
     times = {
-        "prompt_tokens": 64, "generated_tokens": 32, "model_load_start_ms": 1000, "model_load_end_ms": 1500,
-        "inference_start_ms": 2000, "prompt_eval_end_ms": 2250, "first_token_ms": 2260, "inference_end_ms": 2890,
-    }  # fmt: skip
+        "prompt_tokens": 64,
+        "generated_tokens": 32,
+        "model_load_start_ms": 1000,
+        "model_load_end_ms": 1500,
+        "inference_start_ms": 2000,
+        "prompt_eval_end_ms": 2250,
+        "first_token_ms": 2260,
+        "inference_end_ms": 2890,
+    }
     output = (
         f"I 00:00 RSS after loading model: 900.5 MiB (0 if unsupported)\nPyTorchObserver {json.dumps(times)}\n"
         "I 00:01 RSS after finishing text generation: 1000.0 MiB (0 if unsupported)\n"
     )
     assert bench.runner_report(output) == {
-        "load": 0.5, "first_token": 0.26, "prefill": 256.0, "decode": 50.0, "memory_bytes": 1000 * 2**20,
-    }  # fmt: skip
+        "load": 0.5,
+        "first_token": 0.26,
+        "prefill": 256.0,
+        "decode": 50.0,
+        "memory_bytes": 1000 * 2**20,
+    }
     with pytest.raises(SystemExit, match="no PyTorchObserver line"):
         bench.runner_report("Segmentation fault")
 
@@ -57,19 +69,20 @@ def test_what_is_missing_is_said(tmp_path):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     saved_variant(folder / "model", "qat")
-    for name, options in (("model", PteOptions()), ("static", PteOptions(dynamic_shape=False))):
-        export_pte(folder / "model", folder / f"{name}.pte", 16, 128, {"get_bos_id": 1, "get_eos_ids": [2]}, options)
+    lengths = ExportConfig(max_seq_length=16, max_context_length=128)
+    for name, options in (("model", lengths), ("static", replace(lengths, dynamic_shape=False))):
+        export_pte(folder / "model", folder / f"{name}.pte", options, {"get_bos_id": 1, "get_eos_ids": [2]})
     tiny_chat(folder, num_train=80, num_pairs=10, num_heldout=10, num_people=40, vocab_size=MODEL["vocab_size"])
     return folder
 
 
 @pytest.mark.slow
 def test_models_side_by_side_in_one_file_of_python(files):
-    """As on a board: the script alone, outside the package."""
+    """Run the script alone, outside the package, as on a board."""
     script = files / "benchmark.py"
     script.write_text(Path(bench.__file__).read_text())
-    command = [sys.executable, script, "model.pte", "static.pte", "--prompt-tokens", "40", "--new-tokens", "8",
-               "--runs", "2", "--rounds", "2", "--threads", "1", "--json", "speed.json"]  # fmt: skip
+    settings = "--prompt-tokens 40 --new-tokens 8 --runs 2 --rounds 2 --threads 1 --json speed.json"
+    command = [sys.executable, script, "model.pte", "static.pte", *settings.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=files)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((files / "speed.json").read_text())
@@ -88,7 +101,7 @@ def test_models_side_by_side_in_one_file_of_python(files):
     assert too_long.returncode == 1 and "its KV cache has 128 tokens" in too_long.stderr
 
 
-# what stands in for a phone: adb's two commands on a folder of this machine, and ExecuTorch's runner from its wheel
+# Stand-ins for a phone: adb's two commands, on a folder of this machine, and ExecuTorch's runner from its wheel.
 ADB = """#!{python}
 import os, subprocess, sys
 arguments = sys.argv[1:]
@@ -122,9 +135,10 @@ def test_the_way_to_a_phone_and_what_the_real_runner_reports(files, tmp_path):
     (tmp_path / "export").mkdir()
     model = tmp_path / "export" / "model.pte"
     model.write_bytes((files / "static.pte").read_bytes())
-    command = [sys.executable, bench.__file__, files / "model.pte", model, "--adb", "--runner", tmp_path / "llama_main",
-               "--tokenizer", files / "tokenizer.model", "--prompt-tokens", "20", "--new-tokens", "16", "--runs", "2",
-               "--threads", "2", "--json", tmp_path / "phone.json"]  # fmt: skip
+    phone_files = ["--runner", tmp_path / "llama_main", "--tokenizer", files / "tokenizer.model"]
+    settings = ["--prompt-tokens", 20, "--new-tokens", 16, "--runs", 2, "--threads", 2]
+    command = [sys.executable, bench.__file__, files / "model.pte", model, "--adb", *phone_files, *settings]
+    command += ["--json", tmp_path / "phone.json"]
     environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
     for _ in range(2):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
@@ -137,5 +151,5 @@ def test_the_way_to_a_phone_and_what_the_real_runner_reports(files, tmp_path):
     pushed = (phone / "pushed").read_text().split()
     assert len(pushed) == 4 and pushed[3].endswith("-export-model.pte")  # the second run pushed nothing
     model.write_bytes((files / "model.pte").read_bytes())
-    bench.call(list(map(str, ["env", f"PATH={environment['PATH']}", *command])))
+    bench.run_command(list(map(str, ["env", f"PATH={environment['PATH']}", *command])))
     assert (phone / "pushed").read_text().split() == [*pushed, pushed[3]]  # another file under the same name

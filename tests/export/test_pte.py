@@ -4,30 +4,34 @@ import contextlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ADAPTERS, MODEL, saved_variant, trained_like
 
-from llamaq.checkpoints.quantized import BACKBONE, backbone_hash, save_peft
+from llamaq.checkpoints.peft import BACKBONE, save_peft, with_adapters
+from llamaq.checkpoints.quantized import backbone_hash
+from llamaq.config import ExportConfig
 from llamaq.data.corpus import tiny_chat
 from llamaq.errors import UserError
-from llamaq.evaluate.scores import agreement
 from llamaq.export import exporter
-from llamaq.export.exporter import PteOptions, eager_cached_logits, export_pte
-from llamaq.export.gates import windows_of, with_adapters
+from llamaq.export.exporter import eager_cached_logits, export_pte
+from llamaq.export.gates import windows_of
 from llamaq.export.pte import Pte, check_constants, size_parts
+from llamaq.model.compare import agreement
 from llamaq.quant.scheme import Scheme
 
 pytestmark = pytest.mark.slow
 TOKENS = torch.randint(0, MODEL["vocab_size"], (48,), generator=torch.Generator().manual_seed(5)).tolist()
 CALL, CONTEXT = 16, 64
+LENGTHS = ExportConfig(max_seq_length=CALL, max_context_length=CONTEXT)
 METADATA = {"get_bos_id": 1, "get_eos_ids": [2]}
 
 
-def export(folder: Path, options: PteOptions) -> Path:
-    export_pte(folder / "model", folder / "model.pte", CALL, CONTEXT, METADATA, options)
+def export(folder: Path, options: ExportConfig) -> Path:
+    export_pte(folder / "model", folder / "model.pte", options, METADATA)
     return folder / "model.pte"
 
 
@@ -36,7 +40,7 @@ def qat_lora(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("qat_lora")
     model = saved_variant(folder / "model", "qat_lora")
-    return folder, model, export(folder, PteOptions())
+    return folder, model, export(folder, LENGTHS)
 
 
 def logits_of(model, contexts: list[list[int]]) -> list[torch.Tensor]:
@@ -51,11 +55,11 @@ def held(pte: Pte, expected: list[torch.Tensor], contexts: list[list[int]]) -> d
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("qat", PteOptions()),
-        ("spinquant", PteOptions()),
-        ("qat_lora", PteOptions(dynamic_shape=False)),
-        ("qat_lora", PteOptions(full_logits=True)),
-        ("qat", PteOptions(quantize_kv_cache=True)),
+        ("qat", LENGTHS),
+        ("spinquant", LENGTHS),
+        ("qat_lora", replace(LENGTHS, dynamic_shape=False)),
+        ("qat_lora", replace(LENGTHS, full_logits=True)),
+        ("qat", replace(LENGTHS, quantize_kv_cache=True)),
     ],
     ids=["qat", "spinquant", "static", "full_logits", "int8_cache"],
 )
@@ -98,17 +102,20 @@ def test_adapters_and_one_long_context(qat_lora):
 def test_what_makes_the_export_quick_leaves_the_file_as_it_is(qat_lora, tmp_path, monkeypatch):
     folder, _, file = qat_lora
     monkeypatch.setattr(exporter, "light_tracing", contextlib.nullcontext)
-    export_pte(folder / "model", tmp_path / "model.pte", CALL, CONTEXT, METADATA)
+    export_pte(folder / "model", tmp_path / "model.pte", LENGTHS, METADATA)
     assert (tmp_path / "model.pte").read_bytes() == file.read_bytes()
 
 
 def test_the_runner_answers_prompts_longer_than_a_call(qat_lora, tmp_path):
     """ExecuTorch's runner cuts a prompt into calls of `get_max_seq_len` tokens, which must be what a call takes."""
     tiny_chat(tmp_path, num_train=80, num_pairs=10, num_heldout=10, num_people=40, vocab_size=MODEL["vocab_size"])
-    from llamaq.data.datasets import build_tokenizer
+    from llamaq.data.tokenizer import build_tokenizer
 
-    component = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": str(tmp_path / "tokenizer.model"),
-                 "special_tokens_path": str(tmp_path / "special_tokens.json")}  # fmt: skip
+    component = {
+        "_component_": "torchtune.models.llama3.llama3_tokenizer",
+        "path": str(tmp_path / "tokenizer.model"),
+        "special_tokens_path": str(tmp_path / "special_tokens.json"),
+    }
     tokenizer = build_tokenizer(component, MODEL["vocab_size"])
     prompt = "How many days has June? June has 30 days. Anna lives in Rome."
     tokens = tokenizer.encode(prompt, add_bos=True, add_eos=False)
@@ -137,7 +144,7 @@ def test_several_adapters_share_one_backbone(qat_lora, tmp_path):
     (tmp_path / "adapter" / BACKBONE).write_text(json.dumps({"sha256": backbone_hash(folder / "model")}))
     checkpoint = with_adapters(folder / "model", tmp_path / "adapter", tmp_path / "other")
     file = tmp_path / "both.pte"
-    export_pte(folder / "model", file, CALL, CONTEXT, METADATA, adapters={"other": checkpoint})
+    export_pte(folder / "model", file, LENGTHS, METADATA, adapters={"other": checkpoint})
     contexts = windows_of(TOKENS, 8)
     for model, method in ((first, "forward"), (other, "other")):
         result = held(Pte(file, method), logits_of(model, contexts), contexts)

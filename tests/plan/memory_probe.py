@@ -11,38 +11,39 @@ import sys
 import torch
 
 from llamaq.config import load
+from llamaq.config.components import instantiate
 from llamaq.export.benchmark import memory
-from llamaq.model.causal_lm import build_model, instantiate
-from llamaq.plan.memory import shape_of, stage_bytes
+from llamaq.model.build import build_model
+from llamaq.model.shape import shape_of
+from llamaq.plan.memory import stage_bytes
 from llamaq.quant.scheme import Scheme
-from llamaq.train.engine import make_engine
-from llamaq.train.loop import one_step
+from llamaq.train.loop import make_engine, one_step
 from llamaq.train.objectives import DPO, SFT
 
 
 def main() -> None:
     kind, batch, seq_len = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    c = load("tiny", ["output_dir=/tmp/none", "wandb.mode=disabled", f"{kind}.batch_size={batch}",
-                      f"{kind}.global_batch_size={batch}", *sys.argv[4:]])  # fmt: skip
+    sizes = [f"{kind}.batch_size={batch}", f"{kind}.global_batch_size={batch}"]
+    c = load("tiny", ["output_dir=/tmp/none", "wandb.mode=disabled", *sizes, *sys.argv[4:]])
     training, device = getattr(c, kind), torch.device("cpu")
     adapters = None if kind == "qat" else (c.adapters.rank, c.adapters.alpha)
     # a first step of a tiny model: what libraries allocate once is not the model's
     tokens = torch.randint(0, c.model["vocab_size"], (batch, seq_len))
-    small = build_model(c.model | {"embed_dim": 64, "num_layers": 1, "intermediate_dim": 64, "num_heads": 2,
-                                   "num_kv_heads": 1}, None, Scheme(), adapters, frozen=kind == "qat_lora")  # fmt: skip
+    tiny = {"embed_dim": 64, "num_layers": 1, "intermediate_dim": 64, "num_heads": 2, "num_kv_heads": 1}
+    small = build_model(c.model | tiny, None, Scheme(), adapters, frozen=kind == "qat_lora")
     small(tokens[:1, :8], tokens[:1, :8])[0].sum().backward()
     del small
     before = memory("VmRSS")
     model = build_model(c.model, None, Scheme(), adapters, frozen=kind == "qat_lora")
     engine = make_engine(model, training, kind, 2, c, device)
     if kind == "qat_dpo":
-        objective = DPO(0, instantiate(c.dpo.loss, setting="qat_dpo.loss"))
+        objective = DPO(0, instantiate(c.section("qat_dpo").loss, setting="qat_dpo.loss"))
         pairs = torch.cat([tokens, tokens.flip(0)])
         batches = [{"tokens": pairs, "labels": pairs, "reference": torch.zeros(2 * batch)}]
     else:
         objective, batches = SFT(0), [{"tokens": tokens, "labels": tokens}]
     for _ in range(2):
-        one_step(engine, objective, batches, 1, device, False)
+        one_step(engine, objective, batches, training, device, False)
     parts = stage_bytes(shape_of(c.model), training, c, seq_len, kind)
     print(json.dumps({"measured": memory("VmHWM") - before, "planned": sum(parts.values()), "parts": parts}))
 

@@ -1,4 +1,4 @@
-"""Latent and frozen modules compute the same bits; the tied head stays tied; adapters sit where they should."""
+"""Test that latent and frozen modules compute the same bits, that a tied head stays tied, and where adapters are."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from conftest import ADAPTERS, MODEL, random_weights, trained_like
 from torch import nn
 
 from llamaq.errors import UserError
-from llamaq.model.causal_lm import build_decoder, build_model
-from llamaq.quant.modules import FrozenLinear, LatentLinear, TiedHead
-from llamaq.quant.prepare import LLAMA_LINEARS, merge_adapters, prepare, quantized_linears
-from llamaq.quant.scheme import Scheme, fake_quantize
+from llamaq.model.build import build_decoder, build_model
+from llamaq.quant.modules import Adapter, FrozenLinear, LatentLinear, TiedHead
+from llamaq.quant.prepare import LLAMA_LINEARS, add_adapters, freeze, merge_adapters, prepare, quantized_linears
+from llamaq.quant.scheme import Scheme, WeightFormat, fake_quantize
 
 TOKENS = torch.randint(0, 768, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -66,13 +66,23 @@ def test_adapter_reads_the_unquantized_input():
     linear = LatentLinear(nn.Parameter(torch.randn(8, 32)), Scheme().linear)
     x = torch.randn(3, 32)
     base = linear(x)
-    from llamaq.quant.modules import Adapter
-
     linear.adapter = Adapter(32, 8, rank=4, alpha=8.0)
     linear.adapter.reset_parameters()
     nn.init.normal_(linear.adapter.b)
     a, b = linear.adapter.a.bfloat16().float(), linear.adapter.b.bfloat16().float()
     assert torch.allclose(linear(x), base + 2.0 * (x @ a.T @ b.T), atol=1e-5)
+
+
+def test_worked_example_of_the_docstring():
+    """Compute the linear with an adapter that `llamaq.quant.modules` works out."""
+    linear = LatentLinear(torch.tensor([[0.75, -0.60, 0.32, -0.04]]), WeightFormat(4, 4, bf16_scales=True))
+    x = torch.tensor([[-0.5, 0.123, 1.0, 2.05]])
+    assert linear(x).item() == pytest.approx(-0.1221, abs=5e-5)
+    linear.adapter = Adapter(4, 1, rank=1, alpha=2.0)
+    with torch.no_grad():
+        linear.adapter.a.copy_(torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+        linear.adapter.b.fill_(1.0)
+    assert linear(x).item() == pytest.approx(0.1239, abs=5e-5)
 
 
 def test_full_precision_is_the_float_model():
@@ -107,9 +117,9 @@ def test_biases_and_models_without_linears_are_refused():
 
 @pytest.mark.parametrize("size", ["1b", "3b"])
 def test_real_shapes_prepare_and_freeze(size: str):
-    """The released sizes, on the meta device: names, shapes and the share of integers, without the memory."""
-    from llamaq.checkpoints.quantized import model_params, quantized_state_dict
-    from llamaq.quant.prepare import add_adapters, freeze
+    """Check names, shapes and dtypes at the released sizes, on the meta device, which needs no memory."""
+    from llamaq.checkpoints.meta import model_params
+    from llamaq.checkpoints.quantized import quantized_state_dict
 
     with torch.device("meta"):
         import torchtune.models.llama3_2 as models

@@ -1,4 +1,4 @@
-"""The numerics, against literal small numbers and against torchao's own fake quantizers."""
+"""Test the numerics against small literal numbers and against torchao's own fake quantizers."""
 
 import pytest
 import torch
@@ -29,6 +29,19 @@ def test_literal_int4_group():
     # 7.5 rounds to 8 and is clamped to 7; -7.5 rounds to even, -8; 0.5 rounds to even, 0
     assert quantize(w, scales, INT4)[0, :5].tolist() == [7, -8, 1, 0, -3]
     assert fake_quantize(w, INT4)[0, :5].tolist() == [7.0, -8.0, 1.0, 0.0, -3.0]
+
+
+def test_worked_example_of_the_docstring():
+    """Compute the group of 4 weights and the token of 4 values that `llamaq.quant.scheme` works out."""
+    fmt = WeightFormat(bits=4, group_size=4, bf16_scales=True)
+    w = torch.tensor([[0.75, -0.60, 0.32, -0.04]])
+    scales = choose_scales(w, fmt)
+    assert scales.tolist() == [[0.10009765625]]
+    codes = quantize(w, scales, fmt)
+    assert codes.tolist() == [[7, -6, 3, 0]]
+    assert dequantize(codes, scales, fmt)[0].tolist() == pytest.approx([0.7007, -0.6006, 0.3003, 0.0], abs=5e-5)
+    x = torch.tensor([[-0.5, 0.123, 1.0, 2.05]])
+    assert fake_quantize_activation(x)[0].tolist() == pytest.approx([-0.5, 0.12, 1.0, 2.05])
 
 
 def test_literal_int8_row():
@@ -86,7 +99,7 @@ def test_equal_to_torchaos_fake_quantizer_where_scales_are_not_rounded():
 
 
 def test_fake_quantization_is_not_idempotent():
-    """Why a dequantized weight is never a checkpoint."""
+    """Show why a dequantized weight is never a checkpoint."""
     w = torch.randn(64, 128)
     once = fake_quantize(w, INT4)
     assert not torch.equal(fake_quantize(once, INT4), once)

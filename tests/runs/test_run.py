@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import small
 
-from llamaq.config import TrainingConfig
+from llamaq.config.view import only
 from llamaq.errors import UserError
-from llamaq.runs.run import Run, identity_of, naming_full_disk, read_manifest, verify
+from llamaq.runs.files import naming_full_disk
+from llamaq.runs.manifest import identity_of, read_manifest, verify
+from llamaq.runs.run import Run
 
 
 @pytest.fixture
@@ -80,7 +82,9 @@ def test_a_stage_made_from_something_else_is_not_taken_for_the_present_one(run, 
 
     a, other, b = chain("one")
     assert run.need("b", made_from=[a]) == b
-    with pytest.raises(UserError, match=r"b was not made from other as now in .*, but from a; run `tune run export"):
+    with pytest.raises(
+        UserError, match=r"b was not made from other as now in .*, but from a; run its recipe with these"
+    ):
         run.need("b", made_from=[other])
     with pytest.raises(UserError, match="not made from a, other as now"):
         run.need("b", made_from=[a, other])
@@ -96,13 +100,39 @@ def test_of_many_changes_the_first_are_named(run, capsys):
     assert "a: a, b, c, d, e and 2 more changed; running it again" in capsys.readouterr().out
 
 
-def test_settings_that_change_speed_only_are_no_reason_to_run_again():
-    a, b = (
-        TrainingConfig(dataset={}, batch_size=1),
-        TrainingConfig(dataset={}, batch_size=4, checkpoint_every_n_steps=7),
-    )
-    assert identity_of(a) == identity_of(b)
-    assert identity_of(a) != identity_of(TrainingConfig(dataset={}, global_batch_size=4))
+def test_settings_that_change_speed_only_are_no_reason_to_run_again(run):
+    def chain(r: Run):
+        r.stage("a", write("a"), only(r.config, "qat"))
+
+    chain(run)
+    faster = reopened(run, "qat.batch_size=8", "qat.checkpoint_every_n_steps=7", "device=auto")
+    chain(faster)
+    assert faster.executed == []
+    other = reopened(faster, "qat.global_batch_size=16")
+    chain(other)
+    assert other.executed == ["a"]
+    other.close()
+
+
+def test_a_new_version_of_a_stages_code_runs_it_again(run, capsys):
+    run.stage("a", write("a"), {"x": 1})
+    run.stage("a", write("b"), {"x": 1}, version=2)
+    assert run.executed == ["a", "a"] and "a: version changed; running it again" in capsys.readouterr().out
+
+
+def test_a_stage_that_an_older_llamaq_made_runs_again_and_is_kept(run, capsys):
+    folder = run.stage("a", write("a"), {"x": 1})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["identity"] = {"stage": "a", "settings": {"x": 1}, "scheme": {"group_size": 32}, "inputs": {}}
+    manifest["key"] = "of 0.1.0"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    again = reopened(run)
+    assert again.need("a") == folder  # what others read of it is still there
+    again.stage("a", write("a"), {"x": 1})
+    said = capsys.readouterr().out
+    assert "a: made by an older llamaq" in said and "stays in superseded/" in said
+    assert len(list((again.folder / "superseded").iterdir())) == 1
+    again.close()
 
 
 def test_a_path_counts_by_its_content(tmp_path):
@@ -112,6 +142,16 @@ def test_a_path_counts_by_its_content(tmp_path):
     assert identity_of({"data_files": str(one)}) == identity_of({"data_files": str(two)})
     two.write_text("y")
     assert identity_of({"data_files": str(one)}) != identity_of({"data_files": str(two)})
+
+
+def test_a_data_file_given_by_its_bare_name_counts_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"source": "json", "data_files": "train.jsonl"}
+    assert identity_of(settings) == settings  # no such file: a word
+    (tmp_path / "train.jsonl").write_text("x")
+    before = identity_of(settings)
+    (tmp_path / "train.jsonl").write_text("y")
+    assert before["source"] == "json" and identity_of(settings) != before != settings
 
 
 def test_a_stage_that_fails_leaves_no_folder_and_finds_its_files_next_time(run):
@@ -202,8 +242,11 @@ def test_a_foreign_folder_in_a_stages_place_is_left_alone(run):
 
 
 def test_a_full_disk_is_named_with_what_to_do():
-    with pytest.raises(UserError, match=r"no space left while writing the report.*run the same command again"), \
-            naming_full_disk("the report"), open("/dev/full", "w") as f:  # fmt: skip
+    with (
+        pytest.raises(UserError, match=r"no space left while writing the report.*run the same command again"),
+        naming_full_disk("the report"),
+        open("/dev/full", "w") as f,
+    ):
         f.write("x")
         f.flush()
     with pytest.raises(PermissionError), naming_full_disk("x"):
@@ -211,9 +254,10 @@ def test_a_full_disk_is_named_with_what_to_do():
 
 
 def test_the_manifest_says_what_made_the_stage(run):
-    run.stage("a", write("x"), {"lr": 0.5})
+    run.stage("a", write("x"), only(run.config, "qat.optimizer", "scheme"))
     manifest = read_manifest(run.folder / "a")
-    assert manifest["settings"] == {"lr": 0.5} and manifest["identity"]["scheme"]["group_size"] == 32
+    assert manifest["settings"]["qat"]["optimizer"]["lr"] == 1e-3
+    assert manifest["identity"]["settings"]["scheme"]["group_size"] == 32
     assert manifest["packages"]["torchtune"] == "0.6.1"
     assert verify(run.folder / "a") == manifest
     moved = run.folder.parent / "moved"

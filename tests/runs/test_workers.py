@@ -1,4 +1,4 @@
-"""What ranks tell each other before a run: differences stop it, and the message says which and what to do."""
+"""Test the comparison of ranks before a run: a difference stops it, and the message names it and what to do."""
 
 import re
 import subprocess
@@ -7,18 +7,24 @@ import sys
 import pytest
 from conftest import small
 
-from llamaq.runs.run import Run, package_versions
-from llamaq.runs.workers import as_table, code_hash, difference, report
+from llamaq.runs.manifest import package_versions
+from llamaq.runs.run import Run
+from llamaq.runs.workers import as_table, code_hash, describe_worker, difference
 
-LIKE = {
-    "rank": 0, "host": "a", "gpu": "NVIDIA H200 141 GiB", "driver": "570.1",
+WORKER = {
+    "rank": 0,
+    "host": "a",
+    "gpu": "NVIDIA H200 141 GiB",
+    "driver": "570.1",
     "packages": {"torch": "2.13.0", "ray": "2.60.0"},
-    "code": "c0de" * 16, "output_dir": "seen", "free_gib": "99.0",
-}  # fmt: skip
+    "code": "c0de" * 16,
+    "output_dir": "seen",
+    "free_gib": "99.0",
+}
 
 
 def test_ranks_that_are_alike_but_for_host_and_free_disk_may_train():
-    assert difference([LIKE, LIKE | {"rank": 1, "host": "b", "free_gib": "1.0"}]) is None
+    assert difference([WORKER, WORKER | {"rank": 1, "host": "b", "free_gib": "1.0"}]) is None
 
 
 @pytest.mark.parametrize(
@@ -33,32 +39,21 @@ def test_ranks_that_are_alike_but_for_host_and_free_disk_may_train():
     ],
 )
 def test_a_difference_is_named(other, message):
-    assert re.search(message, difference([LIKE, LIKE | {"rank": 1, "host": "b"} | other]) or "")
+    assert re.search(message, difference([WORKER, WORKER | {"rank": 1, "host": "b"} | other]) or "")
 
 
 def test_the_table_has_a_line_a_rank():
-    lines = as_table([LIKE, LIKE | {"rank": 1, "host": "a-longer-name"}]).splitlines()
-    assert lines[0].split() == [
-        "rank",
-        "host",
-        "gpu",
-        "driver",
-        "torch",
-        "deepspeed",
-        "code",
-        "output_dir",
-        "free",
-        "GiB",
-    ]
+    lines = as_table([WORKER, WORKER | {"rank": 1, "host": "a-longer-name"}]).splitlines()
+    assert " ".join(lines[0].split()) == "rank host gpu driver torch deepspeed code output_dir free GiB"
     assert len(lines) == 3 and lines[2].startswith("1     a-longer-name  NVIDIA H200 141 GiB  570.1")
 
 
 def test_a_rank_sees_its_run_and_not_another_one(tmp_path, monkeypatch):
     monkeypatch.setattr("llamaq.runs.workers.ATTRIBUTE_CACHE_SECONDS", 0.0)
     run = Run(small(tmp_path / "a"))
-    mine = report(run.config, run.id)
+    mine = describe_worker(run.config, run.id)
     assert mine["output_dir"] == "seen" and mine["packages"] == package_versions() and len(mine["code"]) == 64
-    assert report(run.config, "another!")["output_dir"] == "NOT SEEN"
+    assert describe_worker(run.config, "another!")["output_dir"] == "NOT SEEN"
     assert code_hash() == mine["code"]
 
 
@@ -67,7 +62,7 @@ import atexit, os
 import torch.distributed as dist
 from llamaq.runs.main import leave_process_group
 atexit.register(os.abort)  # what a thread of gloo may do while Python shuts down
-leave_process_group()  # no group yet: goes on
+leave_process_group()  # without a group it returns
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 print("said", end="")
 leave_process_group({code})

@@ -8,9 +8,10 @@ from conftest import MODEL, random_weights, saved_rotated
 
 from llamaq.checkpoints.quantized import load_quantized
 from llamaq.errors import UserError
-from llamaq.evaluate.scores import agreement
 from llamaq.export import exporter
-from llamaq.model.causal_lm import CausalLM, build_decoder
+from llamaq.model.build import build_decoder
+from llamaq.model.causal_lm import CausalLM
+from llamaq.model.compare import agreement
 from llamaq.quant.prepare import prepare
 from llamaq.quant.scheme import Scheme
 
@@ -19,10 +20,16 @@ TOKENS = torch.arange(3, 40)[None]
 
 @pytest.mark.parametrize(
     ("which", "hidden"),
-    [(set(), 256), ({"r4"}, 256), ({"r2", "r4"}, 256), ({"r1", "r2", "r4"}, 256), ({"r1", "r2", "r4"}, 192),
-     ({"r1", "r2"}, 256)],
+    [
+        (set(), 256),
+        ({"r4"}, 256),
+        ({"r2", "r4"}, 256),
+        ({"r1", "r2", "r4"}, 256),
+        ({"r1", "r2", "r4"}, 192),
+        ({"r1", "r2"}, 256),
+    ],
     ids=["none", "r4", "r2_r4", "all", "all in blocks", "offline only"],
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_llamaq_and_executorch_read_the_same_model(tmp_path, which, hidden):
     ours = saved_rotated(tmp_path / "m", which, hidden)(TOKENS)[0]
@@ -52,9 +59,12 @@ def test_leaving_the_online_transform_out_is_noticed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"spinquant": False}, "contradicts"), ({"rotation": None}, "which rotations"),
-     ({"rotation": {"r1": True, "r2": True, "r4": 128}}, "does not fit")],
-)  # fmt: skip
+    [
+        ({"spinquant": False}, "contradicts"),
+        ({"rotation": None}, "which rotations"),
+        ({"rotation": {"r1": True, "r2": True, "r4": 128}}, "does not fit"),
+    ],
+)
 def test_a_contradicted_contract_is_refused_everywhere(tmp_path, change, words):
     saved_rotated(tmp_path / "m", {"r1", "r2", "r4"})
     path = tmp_path / "m" / "params.json"

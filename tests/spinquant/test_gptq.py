@@ -5,7 +5,10 @@ import torch
 from conftest import MODEL, random_weights
 from torchao.quantization.quant_primitives import dequantize_affine
 
-from llamaq.model.causal_lm import CausalLM, build_decoder, build_model, meta_decoder
+from llamaq.model.build import build_decoder, build_model, meta_decoder
+from llamaq.model.causal_lm import CausalLM
+from llamaq.model.online import attach_online
+from llamaq.model.shape import Shape
 from llamaq.quant.modules import FrozenLinear
 from llamaq.quant.prepare import freeze, prepare, quantized_linears
 from llamaq.quant.scheme import Scheme, choose_scales
@@ -19,7 +22,7 @@ from llamaq.spinquant.gptq import (
     search_scales,
 )
 from llamaq.spinquant.polish import polish
-from llamaq.spinquant.rotations import Rotations, Shape, attach_online, rotate
+from llamaq.spinquant.rotations import Rotations, rotate
 
 FMT = Scheme().linear
 

@@ -1,4 +1,4 @@
-"""`tune run spinquant` on a small model: choice, resume, bad settings, and what the report says."""
+"""`tune run spinquant` on a small model: bad settings, what each stage depends on, resume, and the report."""
 
 import json
 import signal
@@ -9,24 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
-from safetensors.torch import load_file
+from conftest import random_weights
+from safetensors.torch import load_file, save_file
+from toy import SETTINGS, configured
 
-from llamaq.config import Config, load
+from llamaq.config import load
 from llamaq.errors import UserError
-from llamaq.recipes.spinquant import candidate_names, choose, windows
-from llamaq.runs.run import read_manifest
+from llamaq.recipes.spinquant import calibrate, select, try_candidate
+from llamaq.runs.manifest import read_manifest
+from llamaq.runs.run import Run
+from llamaq.spinquant.candidates import candidates_of
 
 TUNE = Path(sys.executable).parent / "tune"
-SETTINGS = [s for s in SMALL if not s.startswith("qat")] + [
-    "spinquant.calibration.0.num_samples=8", "spinquant.num_selection=4", "spinquant.batch_size=4",
-    "spinquant.steps=6", "spinquant.refine_steps=1", "spinquant.polish_steps=2", "spinquant.num_seeds=2",
-    "base.epochs=4",
-]  # fmt: skip
-
-
-def configured(folder: Path, *more: str) -> Config:
-    return load("tiny_spinquant", [*SETTINGS, f"output_dir={folder}", *more])
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -59,38 +53,78 @@ def test_wrong_settings_are_named(tmp_path, setting, words):
 
 def test_the_chains_configuration_is_not_enough(tmp_path):
     with pytest.raises(UserError, match="needs the section 'spinquant'"):
-        _ = load("tiny", [f"output_dir={tmp_path}"]).rotations
+        _ = load("tiny", [f"output_dir={tmp_path}"]).section("spinquant")
 
 
-def test_the_best_candidate_ships_unless_one_is_forced(tmp_path):
-    judged = {"none": 0.2, "r4": 0.3, "r1_r2_r4_seed0": 0.25}
-    assert choose(configured(tmp_path / "x"), judged) == "none"  # no rotation that loses to none
-    assert choose(configured(tmp_path / "x", "spinquant.force=r4"), judged) == "r4"
-    with pytest.raises(UserError, match=r"spinquant\.force=r1 is none of the candidates: none, r4"):
-        choose(configured(tmp_path / "x", "spinquant.force=r1"), judged)
-
-
-def test_seeds_only_where_something_is_random(tmp_path):
-    names = [name for name, _, _ in candidate_names(configured(tmp_path / "x"))]
-    assert names == ["none", "r4", "r2_r4_seed0", "r2_r4_seed1", "r1_r2_r4_seed0", "r1_r2_r4_seed1"]
-
-
-def test_calibration_mixes_parts_and_keeps_selection_apart(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """A corpus with its tokenizer, and the checkpoint of a random model: what a run starts from."""
     from llamaq.data.corpus import tiny_chat
 
-    (tmp_path / "corpus").mkdir()
-    tiny_chat(tmp_path / "corpus", 120, 4, 4, 60, 640)
-    (tmp_path / "text.txt").write_text("\f".join(f"June has {i} days and {i} nights." * 60 for i in range(8)))
-    text = "{_component_: llamaq.data.datasets.text_windows_dataset, source: " + f"{tmp_path}/text.txt}}"
-    parts = "[{dataset: '${base.dataset}', num_samples: 5}, {dataset: " + text + ", num_samples: 3}]"
-    c = configured(tmp_path, f"spinquant.calibration={parts}")
-    calibration, selection = windows(c)
-    assert calibration.shape == (8, 96) and selection.shape == (4, 96)
-    assert torch.equal(calibration, windows(c)[0])
-    seen = {tuple(w.tolist()) for w in calibration}
-    assert not any(tuple(w.tolist()) in seen for w in selection)
-    with pytest.raises(UserError, match=r"calibration\[1\].dataset has text for \d+ windows of 96 tokens"):
-        windows(configured(tmp_path, f"spinquant.calibration={parts.replace('samples: 3', 'samples: 3000')}"))
+    folder = tmp_path_factory.mktemp("given")
+    tiny_chat(folder, 120, 4, 12, 60, 640)
+    weights = random_weights(configured(folder / "x").model)
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def started(given: Path, folder: Path, *more: str) -> Run:
+    """A run on what is given, of two candidates and few steps."""
+    chats = "{_component_: torchtune.datasets.chat_dataset, source: json, conversation_column: messages, "
+    chats += "conversation_style: openai, data_files: " + str(given)
+    settings = [
+        "corpus=null",
+        "base=null",
+        f"checkpoint_dir={given}",
+        f"tokenizer.path={given}/tokenizer.model",
+        f"tokenizer.special_tokens_path={given}/special_tokens.json",
+        f"spinquant.calibration=[{{dataset: {chats}/train.jsonl}}, num_samples: 8}}]",
+        f"evaluate.dataset={chats}/heldout.jsonl}}",
+        "spinquant.candidates=[none,r1_r2_r4]",
+        "spinquant.num_seeds=1",
+        "spinquant.steps=2",
+        "export.max_relative_error=1",
+    ]
+    changed = {s.partition("=")[0] for s in settings}
+    kept = [s for s in SETTINGS if not s.startswith(("base.", "corpus.", "spinquant.calibration"))]
+    kept = [s for s in kept if s.partition("=")[0] not in changed]
+    return Run(load("tiny_spinquant", [*kept, *settings, f"output_dir={folder}", *more]))
+
+
+def run_stages(run: Run) -> list[str]:
+    """The stages that run, of those up to the choice."""
+    calibrate(run)
+    for candidate in candidates_of(run.config.section("spinquant"), run.config.seed):
+        try_candidate(run, candidate)
+    select(run)
+    run.close()
+    return run.executed
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["spinquant.rows=16"],
+        ["spinquant.objective=published", "spinquant.refine_steps=0", "spinquant.polish_steps=0"],
+        ["spinquant.rounding=rtn", "spinquant.force=none"],
+    ],
+    ids=["noise", "published", "rtn"],
+)
+def test_stages_declare_every_setting_they_read(given, tmp_path, settings):
+    """A setting that is read but not declared raises; the settings below are declared only where they are read."""
+    made = run_stages(started(given, tmp_path / "run", *settings))
+    assert made == ["calibrate", "candidate_none", "candidate_r1_r2_r4_seed0", "spinquant"]
+    for name in ("rotations.safetensors", "learning.json", "model/params.json"):
+        assert (tmp_path / "run" / "candidate_r1_r2_r4_seed0" / name).is_file()
+
+
+def test_settings_that_change_nothing_run_nothing_again(given, tmp_path):
+    off = ["spinquant.polish_steps=0", "spinquant.refine_steps=0"]
+    run_stages(started(given, tmp_path / "run", *off))
+    unread = ["spinquant.polish_lr=1", "spinquant.refine_lr=1", "qat=null", "evaluate.batch_size=3"]
+    assert run_stages(started(given, tmp_path / "run", *off, *unread)) == []
+    learned = started(given, tmp_path / "run", *off, "spinquant.lr=0.1")
+    assert run_stages(learned) == ["candidate_r1_r2_r4_seed0", "spinquant"]
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +137,8 @@ def whole(tmp_path_factory) -> tuple[Path, str]:
 def test_the_report_states_what_was_chosen(whole):
     folder, said = whole
     page = (folder / "report" / "report.md").read_text()
-    judged = {n: read_manifest(folder / f"candidate_{n}")["metrics"]["kl"] for n in
-              ("none", "r4", "r2_r4_seed0", "r2_r4_seed1", "r1_r2_r4_seed0", "r1_r2_r4_seed1")}  # fmt: skip
+    names = ("none", "r4", "r2_r4_seed0", "r2_r4_seed1", "r1_r2_r4_seed0", "r1_r2_r4_seed1")
+    judged = {n: read_manifest(folder / f"candidate_{n}")["metrics"]["kl"] for n in names}
     best = min(judged, key=judged.__getitem__)
     assert f"ships {best}" in said and f"ships **{best}**" in page
     assert all(f"{kl:.3e}" in page for kl in judged.values())
@@ -118,7 +152,7 @@ def test_the_report_states_what_was_chosen(whole):
 def test_running_again_does_nothing_and_forcing_runs_only_what_follows(whole):
     folder, _ = whole
     again = run(folder)
-    assert again.count("up to date") == 16
+    assert again.count("up to date") == 17
     forced = run(folder, "spinquant.force=r1_r2_r4_seed1")
     assert "candidate_r1_r2_r4_seed1: up to date" in forced and "ships r1_r2_r4_seed1" in forced
     params = json.loads((folder / "spinquant" / "model" / "params.json").read_text())

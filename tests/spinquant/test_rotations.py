@@ -7,18 +7,27 @@ import pytest
 import torch
 
 from llamaq.errors import UserError
-from llamaq.model.causal_lm import build_decoder, meta_decoder
-from llamaq.spinquant.hadamard import hadamard, online_block, online_gain, online_transform
-from llamaq.spinquant.rotations import Rotations, Shape, attach_online, check_contract, fuse_norms, rotate
+from llamaq.model.build import build_decoder, meta_decoder
+from llamaq.model.hadamard import hadamard
+from llamaq.model.online import attach_online, check_contract, online_block, online_gain, online_transform
+from llamaq.model.shape import Shape
+from llamaq.spinquant.rotations import Rotations, fuse_norms, rotate
 
 SUBSETS = [set(c) for n in range(4) for c in itertools.combinations(("r1", "r2", "r4"), n)]
 
 
 def model(dim=96, heads=4, kv_heads=2, hidden=256, name="llama3_2.llama3_2", **more) -> dict:
     return {
-        "_component_": f"torchtune.models.{name}", "vocab_size": 50, "num_layers": 2, "num_heads": heads,
-        "num_kv_heads": kv_heads, "embed_dim": dim, "intermediate_dim": hidden, "max_seq_len": 32, **more,
-    }  # fmt: skip
+        "_component_": f"torchtune.models.{name}",
+        "vocab_size": 50,
+        "num_layers": 2,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "embed_dim": dim,
+        "intermediate_dim": hidden,
+        "max_seq_len": 32,
+        **more,
+    }
 
 
 def weights_of(component: dict) -> dict[str, torch.Tensor]:
@@ -106,7 +115,7 @@ def test_orders_without_a_construction_get_a_random_rotation():
 
 @pytest.mark.parametrize("n", [2, 64, 8192, 28, 56, 3584])
 def test_the_online_transform_is_executorchs_operator(n):
-    from llamaq.export.exporter import hadamard_operator
+    from llamaq.export.patches import hadamard_operator
 
     x = torch.randn(3, n)
     torch.testing.assert_close(online_transform(x, online_block(n)), hadamard_operator()(x), rtol=1e-5, atol=1e-5)
@@ -142,8 +151,10 @@ def test_contract():
     assert check_contract(good, True, 256, "x") == 256
     assert check_contract({**good, "r4": 0}, False, 256, "x") == 0 and check_contract(None, False, 256, "x") == 0
     for contract, spinquant, hidden, words in (
-        (None, True, 256, "which rotations"), ({**good, "r4": 0}, True, 256, "contradicts"),
-        (good, False, 256, "contradicts"), (good, True, 512, "does not fit"),
-    ):  # fmt: skip
+        (None, True, 256, "which rotations"),
+        ({**good, "r4": 0}, True, 256, "contradicts"),
+        (good, False, 256, "contradicts"),
+        (good, True, 512, "does not fit"),
+    ):
         with pytest.raises(UserError, match=words):
             check_contract(contract, spinquant, hidden, "x")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from llamaq.config import deepspeed_settings
 from llamaq.errors import UserError
-from llamaq.model.causal_lm import build_model
-from llamaq.quant.modules import frozen
+from llamaq.model.build import build_model
+from llamaq.quant.modules import codes_and_scales
 from llamaq.quant.prepare import quantized_linears
 from llamaq.quant.scheme import Scheme
 
@@ -55,7 +55,7 @@ def codes(folder: Path, stage: str) -> torch.Tensor:
     backbone = weights | {k: v for k, v in trained.items() if ".adapter." not in k}
     decoder = build_model(model, backbone, Scheme()).decoder
     modules = [decoder.tok_embeddings, *quantized_linears(decoder).values()]
-    return torch.cat([frozen(m)[0].flatten() for m in modules])  # pyright: ignore[reportArgumentType]
+    return torch.cat([codes_and_scales(m)[0].flatten() for m in modules])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.cluster
@@ -146,7 +146,7 @@ def test_settings_that_deepspeed_would_ignore_are_refused(tmp_path, override, me
 
 
 def test_a_wrong_zero_setting_is_named_by_deepspeeds_own_check(tmp_path):
-    from llamaq.train.engine import check_deepspeed
+    from llamaq.train.deepspeed import check_deepspeed
 
     c = small(tmp_path / "a", "deepspeed.settings.zero_optimization.stage_four=1")
     with pytest.raises(UserError, match=r"zero_optimization\.stage_four"):

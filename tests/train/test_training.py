@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from conftest import ADAPTERS, small, trained_like
 
+from llamaq.checkpoints.torchtune import save_weights, weights_of
 from llamaq.errors import UserError
-from llamaq.model import causal_lm as model_module
-from llamaq.model.causal_lm import build_model
+from llamaq.model import compare
+from llamaq.model.build import build_model
 from llamaq.quant.scheme import Scheme
 from llamaq.runs.run import Run
 from llamaq.runs.tracking import read_metrics
 from llamaq.train import resume
 from llamaq.train.loop import total_steps, train
 from llamaq.train.objectives import DPO, SFT, answer_logprobs
-from llamaq.train.sft import save_weights, weights_of
 
 TOKENS = torch.randint(0, 768, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -44,17 +44,21 @@ def samples(count: int = 24, seed: int = 0) -> list[dict]:
 def pairs(count: int = 16) -> list[dict]:
     chosen, rejected = samples(count, 1), samples(count, 2)
     return [
-        {"chosen_input_ids": c["tokens"], "chosen_labels": c["labels"], "rejected_input_ids": r["tokens"],
-         "rejected_labels": r["labels"]}
+        {
+            "chosen_input_ids": c["tokens"],
+            "chosen_labels": c["labels"],
+            "rejected_input_ids": r["tokens"],
+            "rejected_labels": r["labels"],
+        }
         for c, r in zip(chosen, rejected, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def test_logprobs_are_cross_entropy_of_the_logits_in_any_chunks(monkeypatch):
     model, labels = trained_like(Scheme()), labels_of(TOKENS)
     expected = -F.cross_entropy(model(TOKENS).flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     for chunk in (1024, 7):
-        monkeypatch.setattr(model_module, "HEAD_CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(compare, "HEAD_CHUNK_TOKENS", chunk)
         logprobs, kl = model(TOKENS, labels=labels)
         assert kl is None and torch.allclose(logprobs, expected, atol=1e-5)
         assert (logprobs[labels == -100] == 0).all()
@@ -63,7 +67,7 @@ def test_logprobs_are_cross_entropy_of_the_logits_in_any_chunks(monkeypatch):
 def test_gradients_do_not_depend_on_the_chunks(monkeypatch):
     gradients = []
     for chunk in (1024, 7):
-        monkeypatch.setattr(model_module, "HEAD_CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(compare, "HEAD_CHUNK_TOKENS", chunk)
         model = trained_like(Scheme())
         model(TOKENS, labels=labels_of(TOKENS))[0].sum().backward()
         gradients.append(model.decoder.tok_embeddings.weight.grad)
@@ -131,16 +135,22 @@ def test_dpo_metrics_against_numbers_worked_out_by_hand():
     assert math.isclose(loss.item(), expected, rel_tol=1e-6)
     means = {k: round(v.item() / 2, 4) for k, v in sums.items()}
     assert means == {
-        "loss": round(expected / 2, 4), "rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margin": 0.0,
-        "rewards/accuracy": 0.5, "logprobs/chosen": -3.5, "logprobs/rejected": -3.5,
-    }  # fmt: skip
+        "loss": round(expected / 2, 4),
+        "rewards/chosen": 0.0,
+        "rewards/rejected": 0.0,
+        "rewards/margin": 0.0,
+        "rewards/accuracy": 0.5,
+        "logprobs/chosen": -3.5,
+        "logprobs/rejected": -3.5,
+    }
 
 
 def run_training(folder: Path, *overrides: str, objective=None, rows=None, until: int | None = None) -> list[dict]:
     """A few steps of `train` on fixed samples; `until` stops as a kill would, after that step."""
     run = Run(small(folder, *overrides))
-    model = build_model(run.config.model, None, run.scheme, ADAPTERS, seed=run.config.seed)
-    stage = run.folder / "qat.partial"
+    model = build_model(run.config.model, None, Scheme(), ADAPTERS, seed=run.config.seed)
+    stage, training = run.folder / "qat.partial", run.config.section("qat")
+    session = run.session("qat", stage)
     if until is not None:
         original = resume.save
 
@@ -152,9 +162,9 @@ def run_training(folder: Path, *overrides: str, objective=None, rows=None, until
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(resume, "save", stop)
             with pytest.raises(KeyboardInterrupt):
-                train(run, "qat", stage, model, objective or SFT(0), run.config.training("qat"), rows or samples())
+                train(session, run.config, training, model, objective or SFT(0), rows or samples())
     else:
-        train(run, "qat", stage, model, objective or SFT(0), run.config.training("qat"), rows or samples())
+        train(session, run.config, training, model, objective or SFT(0), rows or samples())
     run.close()
     return read_metrics(stage / "metrics.jsonl")
 
@@ -190,7 +200,8 @@ def test_weights_are_saved_under_their_own_names_with_recomputed_blocks(tmp_path
     run = Run(small(tmp_path / "a", "activation_checkpointing=true", "qat.optimizer.lr=0.0"))
     model = build_model(run.config.model, None, Scheme(), ADAPTERS)
     expected = {k: v.clone() for k, v in model.decoder.state_dict().items()}
-    _, weights = train(run, "qat", tmp_path / "stage", model, SFT(0), run.config.training("qat"), samples())
+    session = run.session("qat", tmp_path / "stage")
+    _, weights = train(session, run.config, run.config.section("qat"), model, SFT(0), samples())
     save_weights(tmp_path, weights)
     saved = weights_of(tmp_path)
     assert saved.keys() == expected.keys() and all(torch.equal(saved[k], expected[k]) for k in saved)
@@ -215,7 +226,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 
 def test_steps_are_epochs_or_max_steps(tmp_path):
-    training = small(tmp_path / "a").training("qat")
+    training = small(tmp_path / "a").section("qat")
     training.epochs, training.max_steps = 2, None
     assert total_steps(training, 25) == 7  # ceil(50 / 8)
     training.max_steps = 5
@@ -223,14 +234,23 @@ def test_steps_are_epochs_or_max_steps(tmp_path):
 
 
 def test_gradients_are_clipped_and_the_norm_before_is_logged(tmp_path):
-    free = run_training(tmp_path / "free", "qat.clip_grad_norm=null", "qat.optimizer._component_=torch.optim.SGD",
-                        "qat.optimizer.lr=1.0")  # fmt: skip
-    clipped = run_training(tmp_path / "clip", "qat.clip_grad_norm=1e-6", "qat.optimizer._component_=torch.optim.SGD",
-                           "qat.optimizer.lr=1.0")  # fmt: skip
+    free = run_training(
+        tmp_path / "free",
+        "qat.clip_grad_norm=null",
+        "qat.optimizer._component_=torch.optim.SGD",
+        "qat.optimizer.lr=1.0",
+    )
+    clipped = run_training(
+        tmp_path / "clip",
+        "qat.clip_grad_norm=1e-6",
+        "qat.optimizer._component_=torch.optim.SGD",
+        "qat.optimizer.lr=1.0",
+    )
     assert free[0]["grad_norm"] == pytest.approx(clipped[0]["grad_norm"], rel=1e-5)
     assert losses(clipped)[1] == pytest.approx(clipped[1]["loss"], abs=1e-6)
-    assert abs(free[-1]["loss"] - free[0]["loss"]) > 100 * abs(clipped[-1]["loss"] - losses(run_training(
-        tmp_path / "still", "qat.optimizer.lr=0.0"))[-1])  # fmt: skip
+    assert abs(free[-1]["loss"] - free[0]["loss"]) > 100 * abs(
+        clipped[-1]["loss"] - losses(run_training(tmp_path / "still", "qat.optimizer.lr=0.0"))[-1]
+    )
 
 
 def test_an_optimizer_that_cannot_be_resumed_is_refused_at_once(tmp_path):
@@ -273,7 +293,7 @@ sys.path[:0] = [{tests!r}, {here!r}]
 from pathlib import Path
 from test_training import dpo_objective, pairs, run_training, samples, with_reference
 from conftest import ADAPTERS, small
-from llamaq.model.causal_lm import build_model
+from llamaq.model.build import build_model
 from llamaq.quant.scheme import Scheme
 from llamaq.runs.main import leave_process_group
 dist.init_process_group("gloo")
@@ -300,8 +320,9 @@ def test_logged_metrics_are_the_same_on_one_and_two_ranks(tmp_path):
         script.write_text(TWO_RANKS.format(tests=str(here.parent), here=str(here), folder=str(folder)))
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", str(script)],
-            check=True, timeout=300,
-        )  # fmt: skip
+            check=True,
+            timeout=300,
+        )
         results.append(json.loads((folder / "out.json").read_text()))
     for one, two in zip(*results, strict=True):
         assert len(one) == len(two) == 6

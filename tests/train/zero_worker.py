@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from test_training import dpo_objective, pairs, samples, with_reference
 
 from llamaq.errors import UserError
-from llamaq.model.causal_lm import build_model
+from llamaq.model.build import build_model
+from llamaq.quant.scheme import Scheme
 from llamaq.runs.main import join_process_group, leave_process_group
-from llamaq.runs.run import Run, rank
+from llamaq.runs.ranks import rank
+from llamaq.runs.run import Run
 from llamaq.runs.tracking import read_metrics
 from llamaq.train import resume
 from llamaq.train.loop import train
@@ -28,10 +30,10 @@ STEPS = 20
 def stages(run: Run):
     """Name, model, objective and samples of each stage; models start from the same weights every time."""
     c = run.config
-    yield "qat", build_model(c.model, None, run.scheme, seed=1), SFT(0), samples(64)
-    yield "qat_lora", build_model(c.model, None, run.scheme, ADAPTERS, frozen=True, seed=1), SFT(0), samples(64)
-    reference = build_model(c.model, None, run.scheme, ADAPTERS, frozen=True, seed=1)
-    policy = build_model(c.model, None, run.scheme, ADAPTERS, seed=1)
+    yield "qat", build_model(c.model, None, Scheme(), seed=1), SFT(0), samples(64)
+    yield "qat_lora", build_model(c.model, None, Scheme(), ADAPTERS, frozen=True, seed=1), SFT(0), samples(64)
+    reference = build_model(c.model, None, Scheme(), ADAPTERS, frozen=True, seed=1)
+    policy = build_model(c.model, None, Scheme(), ADAPTERS, seed=1)
     yield "qat_dpo", policy, dpo_objective(), with_reference(reference, pairs(32))
 
 
@@ -53,7 +55,7 @@ def main(folder: Path, stop_after: int, overrides: list[str]) -> None:
         stage = folder / f"{name}.partial"
         try:
             with mock.patch.object(resume, "save", save):
-                _, weights = train(run, name, stage, model, objective, getattr(run.config, name), rows)
+                _, weights = train(run.session(name, stage), config, config.section(name), model, objective, rows)
         except KeyboardInterrupt:
             continue
         if rank() == 0:

@@ -8,9 +8,9 @@ from conftest import MODEL, random_weights
 from safetensors.torch import save_file
 from torchtune.models.convert_weights import tune_to_hf, tune_to_meta
 
-from llamaq.checkpoints.base import load_checkpoint
+from llamaq.checkpoints.load import load_checkpoint
 from llamaq.errors import UserError
-from llamaq.model.causal_lm import build_decoder
+from llamaq.model.build import build_decoder
 
 HF_CONFIG = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 

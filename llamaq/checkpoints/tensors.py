@@ -1,0 +1,62 @@
+"""Tensor files: safetensors and torch's own, read safely and written with a full disk named as such."""
+
+import errno
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llamaq.errors import UserError
+from llamaq.model.build import StateDict
+from llamaq.runs.files import naming_full_disk
+
+
+def load_safetensors(path: Path) -> StateDict:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: the file is torn.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise UserError(f"{path} cannot be read ({e}); is the file whole?") from e
+
+
+def load_pth(path: Path) -> StateDict:
+    """Read a state dict that torch wrote, memory-mapped and without running any code of the pickle's.
+
+    Raises:
+        UserError: the file is torn, or holds more than tensors.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as e:
+        raise UserError(f"{path} cannot be read ({str(e).splitlines()[0]}); is the file whole?") from e
+    loaded = loaded.get("model", loaded)
+    if not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise UserError(f"{path} holds more than tensors; expected a plain state dict")
+    return loaded
+
+
+def save_tensors(path: Path, tensors: StateDict) -> None:
+    """Write a safetensors file, from any device and any memory layout."""
+    with naming_full_disk(str(path)):
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+        except Exception as e:  # safetensors wraps the operating system's error
+            if "No space left" in str(e) or "os error 28" in str(e):
+                raise OSError(errno.ENOSPC, str(e)) from e
+            raise
+
+
+def save_pth(path: Path, tensors: StateDict) -> None:
+    """Write a state dict as torch does, the form that Meta's loaders read."""
+    with naming_full_disk(str(path)):
+        try:
+            torch.save({k: v.cpu() for k, v in tensors.items()}, path)
+        except RuntimeError as e:  # torch's zip writer hides the operating system's error
+            raise OSError(errno.ENOSPC, f"{path}: {e}") if "write" in str(e) else e from e

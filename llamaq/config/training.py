@@ -1,0 +1,89 @@
+"""The sections of the training stages: `base`, `qat`, `qat_lora` and `qat_dpo`."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from llamaq.config.checks import at_least, has_component, require
+from llamaq.config.components import Component
+
+
+@dataclass
+class TrainingConfig:
+    """One training stage."""
+
+    dataset: Component = MISSING
+    """The training data, e.g. `torchtune.datasets.chat_dataset`. For `qat_dpo` it is pairs, e.g.
+    `torchtune.datasets.preference_dataset`. `_component_` is a torchtune dataset builder, called with the tokenizer;
+    its arguments stand beside it: `source: json` and `data_files` for files of your own, `packed: true` to fill
+    sequences up with several samples. Samples longer than `tokenizer.max_seq_len` are cut."""
+
+    optimizer: Component = MISSING
+    """The optimizer, e.g. `torch.optim.AdamW` with `lr: 1.0e-5`. `_component_` is any `torch.optim.Optimizer`, called
+    with the parameters; `lr`, `weight_decay`, `fused` and so on stand beside it. Under ZeRO 1 to 3 it has to be
+    elementwise (AdamW, Adam, SGD, …)."""
+
+    lr_scheduler: Component | None = None
+    """The learning-rate schedule; unset keeps the rate constant. `_component_` is a function called with the optimizer
+    and `num_training_steps` (the stage's optimizer steps), e.g.
+    `torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup` with `num_warmup_steps: 100`."""
+
+    batch_size: int = 1
+    """Sequences in one forward pass of one rank, in `qat_dpo` pairs. Lower it if memory runs out, raise it for speed:
+    results stay the same up to the order of float sums, because `global_batch_size` stays the same. A rank uses less
+    where `global_batch_size` divided by the number of ranks is less."""
+
+    global_batch_size: int = 16
+    """Sequences (or pairs) per optimizer step, over all ranks. It has to be a multiple of `batch_size` and at least the
+    number of ranks. Gradients are accumulated as needed, so any number of ranks gives the same losses."""
+
+    epochs: int = 1
+    """Passes over the dataset, at least 1. Each pass has a new order, drawn from `seed`."""
+
+    max_steps: int | None = None
+    """Optimizer steps after which to stop, even within an epoch. The learning-rate schedule ends with it. Unset: all
+    epochs."""
+
+    clip_grad_norm: float | None = 1.0
+    """Largest norm of the gradient; longer gradients are scaled down. Unset: no clipping. The norm before clipping is
+    logged as `grad_norm`."""
+
+    checkpoint_every_n_steps: int = 100
+    """Optimizer steps between two checkpoints. A killed run repeats at most this many steps. A checkpoint takes 12
+    bytes per trained parameter with Adam."""
+
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep on disk; older ones are deleted. All are deleted when the stage is done."""
+
+    distill_weight: float = 0.0
+    """Weight of distillation from the BF16 model, 0 to 1. The loss is (1 − w) · cross-entropy + w · KL(BF16 model ‖
+    this model), where the BF16 model is the one the run starts from. Used in `qat` and `qat_lora`; a second model is
+    held in memory (4 bytes per parameter)."""
+
+    def check(self, name: str) -> None:
+        """Check the ranges, and that the global batch can be cut into forward passes."""
+        counts = ("batch_size", "global_batch_size", "epochs", "checkpoint_every_n_steps", "keep_checkpoints")
+        at_least(1, self, name, *counts, "max_steps")
+        require(0 <= self.distill_weight <= 1, f"{name}.distill_weight={self.distill_weight}: must be between 0 and 1")
+        require(
+            self.global_batch_size % self.batch_size == 0,
+            f"{name}.global_batch_size={self.global_batch_size} is not a multiple of "
+            f"{name}.batch_size={self.batch_size}",
+        )
+        for key in ("dataset", "optimizer", "lr_scheduler"):
+            has_component(f"{name}.{key}", getattr(self, key))
+
+
+@dataclass
+class DPOConfig(TrainingConfig):
+    """The preference stage."""
+
+    loss: Component = MISSING
+    """The preference loss, e.g. `torchtune.rlhf.loss.DPOLoss` with `beta: 0.1`. `_component_` is called with the
+    answers' log-probabilities (policy chosen, policy rejected, reference chosen, reference rejected) and returns
+    losses, chosen rewards and rejected rewards."""
+
+    def check(self, name: str) -> None:
+        """Check what every training stage has, and the loss."""
+        super().check(name)
+        has_component(f"{name}.loss", self.loss)

@@ -1,0 +1,127 @@
+"""What llamaq changes in ExecuTorch's exporter while it runs, each change with its reason; all are undone after it.
+
+Written against executorch 1.4.1. A newer version may make a patch unnecessary: tests/export/ shows which.
+"""
+
+import contextlib
+import copy
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llamaq.checkpoints.meta import feed_forward_width
+from llamaq.checkpoints.quantized import rotation_block
+from llamaq.quiet import quiet
+
+
+def hadamard_operator() -> Any:
+    """Register and return ExecuTorch's online transform, `llama::fast_hadamard_transform`: [..., n] → the same."""
+    with quiet():
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
+    return torch.ops.llama.fast_hadamard_transform
+
+
+@contextlib.contextmanager
+def online_blocks(checkpoint: Path) -> Iterator[None]:
+    """Let ExecuTorch's model mix R4 in blocks, where its operator does not take the whole width (3072 = 3 · 1024)."""
+    from executorch.examples.models.llama.source_transformation import spin_quant
+
+    params = json.loads((checkpoint / "params.json").read_text())
+    hidden = feed_forward_width(params)
+    block = rotation_block(params, hidden, str(checkpoint)) if "quantization_args" in params else 0
+    name = "inject_fast_hadamard_transform_native_for_spin_quant"
+    theirs = getattr(spin_quant, name)
+
+    class InBlocks(nn.Module):
+        def __init__(self, feed_forward: Any):
+            super().__init__()
+            self.w1, self.w2, self.w3 = feed_forward.w1, feed_forward.w2, feed_forward.w3
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = nn.functional.silu(self.w1(x)) * self.w3(x)
+            return self.w2(torch.ops.llama.fast_hadamard_transform(h.unflatten(-1, (-1, block))).flatten(-2))
+
+    def inject(model: nn.Module) -> nn.Module:
+        for layer in model.get_submodule("layers").children():
+            layer.feed_forward = InBlocks(layer.feed_forward)
+        return model
+
+    if block:
+        hadamard_operator()  # registers it: a KV cache's operators, which would too, are not in every model
+    if block and block != hidden:
+        setattr(spin_quant, name, inject)
+    try:
+        yield
+    finally:
+        setattr(spin_quant, name, theirs)
+
+
+@contextlib.contextmanager
+def light_tracing() -> Iterator[None]:
+    """Save a fifth of the exporter's time, spent on copies and garbage collection; the file stays the same.
+
+    Each of some 25,000 times that a node is traced again, torch.fx deep-copies the history of the node it came from.
+    Nobody changes that history, so it may be shared.
+    """
+    from torch.fx.traceback import NodeSource
+
+    threshold = gc.get_threshold()
+    NodeSource.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]
+    gc.set_threshold(100_000, *threshold[1:])
+    try:
+        yield
+    finally:
+        del NodeSource.__deepcopy__  # pyright: ignore[reportAttributeAccessIssue]
+        gc.set_threshold(*threshold)
+
+
+@contextlib.contextmanager
+def true_lengths() -> Iterator[None]:
+    """Let `get_max_seq_len` in a .pte be how many tokens a call may have.
+
+    The exporter writes one more, and ExecuTorch's runner, which cuts longer prompts into calls of that many, then fails
+    on every one ("Attempted to resize a bounded tensor").
+    """
+    from executorch.extension.llm.export.builder import LLMEdgeManager
+
+    init = LLMEdgeManager.__init__
+
+    def with_true_length(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self.enable_dynamic_shape:
+            self.metadata["get_max_seq_len"] = self.max_seq_len - 1
+
+    LLMEdgeManager.__init__ = with_true_length
+    try:
+        yield
+    finally:
+        LLMEdgeManager.__init__ = init
+
+
+@contextlib.contextmanager
+def adapters_as_methods() -> Iterator[None]:
+    """Let the exporter's methods of one .pte be pre-quantized checkpoints that differ in their adapters.
+
+    It can put several methods in a file, but loads each one's adapters its own way, which a pre-quantized backbone does
+    not know (`export_llama_lib._export_llama_multimethod`). Here the method's "adapter" is a whole checkpoint.
+    """
+    from executorch.examples.models.llama import export_llama_lib
+
+    prepare = export_llama_lib._prepare_for_llama_export
+
+    def prepare_method(config: Any) -> Any:
+        if config.base.lora_config is not None:
+            config = copy.deepcopy(config)
+            config.base.checkpoint, config.base.lora_config = config.base.lora_config.adapter_checkpoint, None
+        return prepare(config)
+
+    export_llama_lib._prepare_for_llama_export = prepare_method
+    try:
+        yield
+    finally:
+        export_llama_lib._prepare_for_llama_export = prepare

@@ -1,4 +1,4 @@
-# make demo: the whole chain on the tiny config.  make test: the tests.  Both make .venv and install first.
+# make demo: run the whole chain on the tiny config.  make test: run the tests.  Both create .venv and install first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,13 +9,14 @@ ARM ?= /opt/llamaq-arm
 
 install: $(VENV)/.installed
 
-# torch by name and first: nothing installed later may bring another one
+# torch first and by version, so that no later package brings another one
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llamaq needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q torch==2.13.0
 	$(BIN)/python -m pip install -q -e '.[cluster,dev]'
-# apart, as pip finds no solution for both: lm-eval asks for python-dateutil 2, kubernetes (tests only) for 3, and runs with 2
+# lm-eval in its own call, since pip finds no solution for all: it needs python-dateutil 2, and kubernetes (tests only)
+# asks for 3 but runs with 2
 	$(BIN)/python -m pip install -q -e '.[eval]' 2>/dev/null
 	touch $@
 
@@ -25,12 +26,12 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# everything but what needs a GPU: the chain end to end, kills and resumes, real Ray and DeepSpeed
+# all tests except those that need a GPU: also the chain end to end, kills and resumes, real Ray and DeepSpeed
 test-all: test
 	$(BIN)/python -m pytest -m 'slow and not cluster' -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m cluster
 
-# ExecuTorch's Arm build under emulation, for the tests marked arm: x86-64 Linux, as root; 3 minutes and 1.5 GB once
+# the tests marked arm, with ExecuTorch's Arm build under emulation: x86-64 Linux, as root; installs 1.5 GB in 3 minutes
 arm: install
 	PYTHON=$(BIN)/python tests/arm/setup.sh $(ARM)
 	LLAMAQ_ARM=$(ARM) $(BIN)/python -m pytest -m arm

@@ -91,7 +91,7 @@ def evaluate(run: Run) -> Path:
 
 def need_exported(run: Run) -> Path:
     """Check that the exported file was made from the stages as they are now; return its folder."""
-    command = "`tune run export_executorch`"
+    command = "tune run export_executorch"
     trained = [run.path(part) for part in parts_of(run.config.export.stage)]
     converted = run.need("convert", made_from=trained, made_by=command)
     return run.need("export", made_from=[converted], made_by=command)

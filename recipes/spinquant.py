@@ -120,6 +120,7 @@ def models_of(run: Run) -> Models:
 def evaluate_and_report(run: Run) -> Path:
     """Score and measure what shipped, and write the report; return the report's folder."""
     run.need("export", made_from=[run.need(SHIPPED, made_by="tune run spinquant")], made_by="tune run spinquant")
+    answer(run)
     models = models_of(run)
 
     def share(scores: dict[str, Scores]) -> dict[str, Any]:
@@ -141,7 +142,6 @@ def recipe(run: Run) -> None:
         try_candidate(run, candidate)
     select(run)
     export(run, SHIPPED, shipped_model, context=1)
-    answer(run)
     say(f"\nreport: {evaluate_and_report(run)}/report.md")
 
 

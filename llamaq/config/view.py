@@ -99,4 +99,6 @@ def _without_neutral(value: Any, path: str) -> Any:
     if isinstance(value, dict):
         kept = {k: v for k, v in value.items() if f"{path}.{k}" not in NEUTRAL}
         return {k: _without_neutral(v, f"{path}.{k}") for k, v in kept.items()}
+    if isinstance(value, list):  # of sections, such as spinquant.calibration
+        return [asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for v in value]
     return value

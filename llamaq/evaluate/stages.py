@@ -35,7 +35,7 @@ from llamaq.runs.ranks import on_rank_zero, say
 from llamaq.runs.run import Run
 
 HELD_OUT = ("model", "tokenizer", "evaluate.dataset")  # what reading the held-out text depends on
-EXPORTING = "`tune run export_executorch` or `tune run spinquant`"  # what makes the file that ships
+EXPORTING = "tune run export_executorch, or tune run spinquant"  # what makes the file that ships
 
 
 def measure(run: Run, models: Models) -> list[str]:

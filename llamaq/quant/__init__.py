@@ -1,1 +1,1 @@
-"""The numerics: the scheme, the modules that train under it, and functions that prepare and freeze a model."""
+"""Define the numerics: the scheme, the modules that train under it, and how to prepare and freeze a model."""

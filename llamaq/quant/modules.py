@@ -1,4 +1,4 @@
-"""Train under the scheme: linears, embedding, head and adapters that compute what the exported file computes.
+"""Define a model's quantized modules: linears, embedding, head and adapters. They compute what the .pte computes.
 
 A linear has one of two states, and both compute the same bits:
 
@@ -188,7 +188,7 @@ class UntiedHead(TiedHead):
 
 
 def codes_and_scales(module: LatentLinear | LatentEmbedding) -> tuple[Tensor, Tensor]:
-    """Return the codes and scales of a latent module, to freeze it. After this no scale is computed again."""
+    """Return the codes and scales that replace a latent module's weight. Conversion and export do not change them."""
     assert module.fmt is not None, "a full-precision module has no codes"
     scales = choose_scales(module.weight, module.fmt)
     return quantize(module.weight, scales, module.fmt), scales

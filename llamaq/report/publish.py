@@ -50,7 +50,7 @@ def report_chain(run: Run, models: Models, measured: list[str]) -> Path:
         return facts, render_chain_page(facts), collect_chain_card(c, run.folder, trained)
 
     stages = [*trained, models.codes]
-    return _report_stage(run, c, stages, measured, compose, made_by="`tune run qat_lora_dpo`")
+    return _report_stage(run, c, stages, measured, compose, made_by="tune run qat_lora_dpo")
 
 
 def report_spinquant(run: Run, models: Models, candidate_names: list[str], measured: list[str]) -> Path:
@@ -76,7 +76,7 @@ def report_spinquant(run: Run, models: Models, candidate_names: list[str], measu
         return facts, render_spinquant_page(facts), collect_spinquant_card(c, run.folder, models.shipped, chosen)
 
     stages = ["calibrate", *(f"candidate_{name}" for name in candidate_names), models.codes]
-    return _report_stage(run, c, stages, measured, compose, made_by="`tune run spinquant`")
+    return _report_stage(run, c, stages, measured, compose, made_by="tune run spinquant")
 
 
 def _report_stage(run: Run, c: Config, made: list[str], measured: list[str], compose: Compose, made_by: str) -> Path:

@@ -153,7 +153,7 @@ class Run:
         """Return what a training stage needs of the run, for `llamaq.train.loop.train`."""
         return Session(stage, folder, partial(self.tracker, stage, folder), self.hooks)
 
-    def need(self, stage: str, made_from: Sequence[Path] | None = None, made_by: str = "its recipe") -> Path:
+    def need(self, stage: str, made_from: Sequence[Path] | None = None, made_by: str | None = None) -> Path:
         """Return the folder of a stage that must have been run already, checked file by file.
 
         Args:
@@ -164,16 +164,16 @@ class Run:
         Raises:
             UserError: it has not been run, a file is damaged, or it was made from something else.
         """
-        folder = self.path(stage)
+        folder, command = self.path(stage), f"`{made_by}`" if made_by else "its recipe"
         if not (folder / MANIFEST).is_file():
             raise UserError(
-                f"stage '{stage}' has not been run in {self.folder}; run it first ({made_by}), or the whole chain, "
+                f"stage '{stage}' has not been run in {self.folder}; run it first ({command}), or the whole chain, "
                 "with the same settings"
             )
-        from_rank_zero(lambda: self._check_origin(self._verify_once(folder), made_from, made_by))
+        from_rank_zero(lambda: self._check_origin(self._verify_once(folder), made_from, command))
         return folder
 
-    def _check_origin(self, manifest: dict[str, Any], made_from: Sequence[Path] | None, made_by: str) -> None:
+    def _check_origin(self, manifest: dict[str, Any], made_from: Sequence[Path] | None, command: str) -> None:
         if made_from is None:
             return
         then = {n: h for n, h in manifest["identity"]["inputs"].items() if (self.path(n) / MANIFEST).is_file()}
@@ -182,7 +182,7 @@ class Run:
             raise UserError(
                 f"{self.path(manifest['stage'])} was not made from {', '.join(now)} as now in {self.folder}, but from "
                 f"{', '.join(then)}{' of before' if then.keys() == now.keys() else ''}; "
-                f"run {made_by} with these settings, or give the ones it was made with"
+                f"run {command} with these settings, or give the ones it was made with"
             )
 
     def stage(

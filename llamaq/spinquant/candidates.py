@@ -6,7 +6,11 @@
     r1_r2_r4      R1 and R2 learned, with R4
 
 R1 and R2 start from random matrices, so each seed makes a candidate of its own, e.g. `r2_r4_seed0`. The model that is
-not rotated is a candidate too, so a rotation ships only if it helps.
+not rotated is a candidate too, so a rotation ships only if it helps. Nothing here needs a run:
+
+    setup = Setup.of(config, load_statistics(calibrated))
+    for candidate in candidates_of(config.section("spinquant"), config.seed):
+        print(candidate.name, make_candidate(candidate, setup, Path(candidate.name))["kl"])
 """
 
 import json
@@ -113,7 +117,7 @@ def settings_read(candidate: Candidate, s: SpinQuantConfig) -> list[str]:
 
 @dataclass
 class Setup:
-    """What all candidates of a run share: the model, the text, the settings, and where to compute."""
+    """Everything that the candidates of a run share: the model, the text, the settings, and where to compute."""
 
     settings: SpinQuantConfig
     model: Component

@@ -24,7 +24,7 @@ from llamaq.spinquant.rotations import Rotations
 
 @dataclass
 class Learned:
-    """What learning rotations gives."""
+    """The result of learning rotations."""
 
     rotations: Rotations  # float64, orthogonal to 1e-12
     losses: list[float]  # of each step

@@ -36,7 +36,7 @@ _STALE_COLUMNS = 128  # the original sees its compensation once in so many colum
 
 @dataclass(frozen=True)
 class Rounding:
-    """How to round; the defaults are the config's, `Rounding.published()` is the original's."""
+    """Settings of the rounding; the defaults are the config's, `Rounding.published()` is the original's."""
 
     method: str = SpinQuantConfig.rounding  # gptq, or rtn: each weight to the nearest code
     clip_search: bool = True
@@ -58,7 +58,10 @@ class Rounding:
 
 @dataclass
 class LinearReport:
-    """How one linear was rounded; losses relative to tr(W H Wᵀ), the size of its outputs."""
+    """The losses of one linear, rounded to nearest and as it was rounded, relative to the size of its outputs.
+
+    The size is tr(W H Wᵀ), so 0.01 is an error of 1 % in the mean square.
+    """
 
     name: str
     nearest: float

@@ -1,4 +1,4 @@
-"""What every loop here shares: a progress bar the caller chooses, and a learning rate that falls along a cosine.
+"""Shared by every loop here: a progress bar that the caller chooses, and a learning rate that falls along a cosine.
 
 A loop over batches, layers or steps takes `progress`, which wraps what it iterates over:
 

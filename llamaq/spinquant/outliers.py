@@ -1,4 +1,4 @@
-"""How far outliers stand out before and after rotating, layer by layer; the report draws it.
+"""Measure how far outliers stand out before and after rotating, layer by layer; the report draws it.
 
 An outlier sets the step of its whole group or token. The measure is the largest magnitude over the root mean square:
 1 if all are equal, √n if all but one of n are 0. For the group (4, 1, 1, 1, 1) it is 4 / √(20 / 5) = 2.

@@ -1,10 +1,13 @@
-"""Run a .pte with the Arm build and keep its logits; started by test_arm.py with the emulated Python.
+"""Run a .pte with the Arm build and save its logits. test_arm.py starts this file with the emulated Python.
 
     DIR/python run_logits.py MODEL.pte TOKENS.npy OUT.npz
 
-TOKENS.npy holds int64 [t]. OUT.npz gets `stepped`, float32 [t, vocab], one token a call through the KV cache;
-`prefilled` [vocab], after all of them in one call; and what ran: `machine`, and how many `kai_` names (KleidiAI's
-kernels) the runtime's library has.
+TOKENS.npy holds int64 [t]. OUT.npz gets
+
+    stepped      float32 [t, vocab], logits with one token per call, through the KV cache
+    prefilled    float32 [vocab], logits of the last token, with all tokens in one call
+    machine      the CPU's architecture
+    kleidiai     number of `kai_` names (KleidiAI's kernels) in the runtime's library
 """
 
 # ruff: noqa: E402  (dlopen's flags have to be set before anything of torch is loaded)
@@ -13,7 +16,7 @@ import platform
 import sys
 from pathlib import Path
 
-sys.setdlopenflags(os.RTLD_LAZY)  # what stands in for CUDA's libraries resolves nothing that CPU code does not call
+sys.setdlopenflags(os.RTLD_LAZY)  # the stand-ins for CUDA's libraries do not define every symbol
 import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401
 import numpy as np
@@ -26,13 +29,13 @@ tokens = torch.from_numpy(np.load(tokens_file))
 program = Runtime.get().load_program(pte)
 
 
-def call(method, chunk, position):
+def last_logits(method, chunk, position):
     (logits,) = method.execute((chunk[None], torch.tensor([position])))
     return logits.reshape(-1, logits.shape[-1])[-1].clone()
 
 
 method = program.load_method("forward")
-stepped = torch.stack([call(method, tokens[i : i + 1], i) for i in range(len(tokens))])
-prefilled = call(program.load_method("forward"), tokens, 0)
+stepped = torch.stack([last_logits(method, tokens[i : i + 1], i) for i in range(len(tokens))])
+prefilled = last_logits(program.load_method("forward"), tokens, 0)
 kernels = Path(str(_portable_lib.__file__)).read_bytes().count(b"kai_")
 np.savez(out, stepped=stepped.numpy(), prefilled=prefilled.numpy(), machine=platform.machine(), kleidiai=kernels)

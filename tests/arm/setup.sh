@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# An Arm (aarch64) Python with torch and ExecuTorch's own aarch64 build, run on this x86-64 Linux machine by qemu.
+# Install an Arm (aarch64) Python with torch and ExecuTorch's own aarch64 build, emulated by qemu on x86-64 Linux.
 #
-#   tests/arm/setup.sh DIR [TORCH_VERSION EXECUTORCH_VERSION]     (versions: those pyproject.toml pins)
+#   tests/arm/setup.sh DIR [TORCH_VERSION EXECUTORCH_VERSION]     (default: the versions that pyproject.toml pins)
 #
-# Afterwards DIR/python is that interpreter. Takes 1-3 minutes and 1.5 GB in DIR. Running it again does nothing, or what
-# was left undone. It needs root, for debootstrap and for the Debian packages that are not there yet. It tests
+# Afterwards DIR/python is that interpreter. This takes 1-3 minutes, and 1.5 GB in DIR. Running it again does what is
+# left to do. It needs root, for debootstrap and for Debian packages that are not installed yet. It is for tests of
 # correctness: times under emulation say nothing about a phone.
 #
 #   DIR/root    Debian 12 for arm64, unpacked and never booted: the C library and Python 3.11
 #   DIR/site    torch, ExecuTorch and what they import, from the package registry
 #   DIR/stubs   stand-ins for CUDA's libraries, which the registry's aarch64 torch links to (stub_libraries.py)
 #
-# PYTHON (any Python with pip) and DEBIAN_MIRROR may be set.
+# Optional variables: PYTHON (any Python with pip) and DEBIAN_MIRROR.
 set -euo pipefail
 
 stop() { echo "arm setup: $*" >&2; exit 1; }
@@ -23,7 +23,7 @@ pinned() { sed -nE "s/^ *\"$1==([^\"]+)\".*/\1/p" "$here/../../pyproject.toml" |
 torch=${2:-$(pinned torch)} executorch=${3:-$(pinned executorch)}
 [ -n "$torch" ] && [ -n "$executorch" ] || stop "pyproject.toml pins no torch or no executorch: name both versions"
 
-# what is in DIR follows from these
+# the contents of DIR depend on these
 versions="torch $torch, executorch $executorch, $(cat "$here/setup.sh" "$here/stub_libraries.py" | sha256sum | cut -c 1-12)"
 [ "$(cat "$1/ready" 2>/dev/null)" = "$versions" ] && { say "$1 is ready ($versions)"; exit 0; }
 
@@ -33,7 +33,7 @@ mkdir -p "$1"
 dir=$(cd "$1" && pwd)
 rm -f "$dir/ready"
 
-# --- what the host has to offer ---------------------------------------------------------------------------------------
+# --- programs on the host ---------------------------------------------------------------------------------------------
 declare -A package_of=(
   [qemu-aarch64-static]=qemu-user-static [debootstrap]=debootstrap [aarch64-linux-gnu-gcc]=gcc-aarch64-linux-gnu
   [readelf]=binutils [dpkg-deb]=dpkg
@@ -59,7 +59,7 @@ python=${PYTHON:-python3}
 root=$dir/root
 if [ ! -e "$root" ]; then
   say "unpacking Debian 12 for arm64"
-  # the host's own mirror, where it has one of Debian: the only one some networks let through
+  # the host's own Debian mirror, if it has one: some networks reach no other
   mirror=${DEBIAN_MIRROR:-$(grep -rhoE 'https?://[^] ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d \
     2>/dev/null | head -n 1 | tr -d ' ' || true)}
   rm -rf "$root.part"
@@ -72,8 +72,8 @@ if [ ! -e "$root" ]; then
   mv "$root.part" "$root"
 fi
 
-# PyTorch's cpuinfo reads these files, which qemu 7 takes from the x86 host unless the root has them: two Cortex-A76
-# with the dot product and int8 matrix instructions that a phone's cores have
+# PyTorch's cpuinfo reads these files; qemu 7 would read the x86 host's. They describe two Cortex-A76 cores with the dot
+# product and int8 matrix instructions of a phone's cores.
 cpus=$root/sys/devices/system/cpu
 mkdir -p "$root/proc" "$cpus"
 for file in possible present online; do echo 0-1 >"$cpus/$file"; done
@@ -104,7 +104,7 @@ wanted="$torch $executorch"
 if [ "$(cat "$site/.versions" 2>/dev/null)" != "$wanted" ]; then
   say "downloading torch $torch and executorch $executorch for aarch64"
   rm -rf "$site" "$site.part"
-  # --no-deps, and what the runtime imports by name: the dependencies would bring gigabytes of CUDA
+  # --no-deps, since the dependencies include gigabytes of CUDA; what the runtime imports is named here instead
   "$python" -m pip install -q --no-deps --no-compile --only-binary=:all: --target "$site.part" \
     --implementation cp --python-version 3.11 --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
     --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \

@@ -1,9 +1,10 @@
-"""Stand-ins for the libraries that an aarch64 torch links to and that are not there, so that its CPU code loads.
+"""Make stand-ins for the CUDA libraries that an aarch64 torch links to, so that its CPU code loads without them.
 
     stub_libraries.py TORCH_LIB ROOT STUBS      (needs readelf and aarch64-linux-gnu-gcc)
 
-The registry's aarch64 torch is built for CUDA. The loader wants every library it names and the address of every symbol
-that its tables hold, but CPU code calls none of them: one library of functions that return 0, under all those names.
+The registry's aarch64 torch is built for CUDA. The loader needs every library that torch names, and an address for
+every symbol in its tables, although CPU code calls none of them. So this compiles one library whose functions return 0,
+and links all the missing names to it.
 """
 
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 
 @dataclass
 class Library:
-    """What the loader reads of a shared library."""
+    """The parts of a shared library that the loader reads."""
 
     needed: set[str] = field(default_factory=set)
     version_files: dict[str, str] = field(default_factory=dict)  # symbol version → the library that must define it
@@ -25,7 +26,7 @@ class Library:
 
 
 def read(path: Path) -> Library:
-    """The dynamic section, version needs and symbols of one file."""
+    """Read a file's dynamic section, version needs and symbols."""
     library, file = Library(), ""
     for line in readelf(path, "--dynamic", "--version-info", "--dyn-syms"):
         columns = line.split()
@@ -39,7 +40,7 @@ def read(path: Path) -> Library:
             name, _, version = columns[7].partition("@")
             if columns[6] != "UND":
                 library.defined.add(name)
-            elif columns[4] == "GLOBAL":  # a weak one may stay without an address
+            elif columns[4] == "GLOBAL":  # weak symbols may stay without an address
                 library.undefined.add((name, version.lstrip("@")))
     return library
 
@@ -49,15 +50,18 @@ def readelf(path: Path, *options: str) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
-def absent(torch_lib: Path, root: Path) -> tuple[set[str], dict[str, str]]:
-    """Libraries that torch names and nobody has, and the symbols it wants of them, each with its version or ""."""
+def find_missing(torch_lib: Path, root: Path) -> tuple[set[str], dict[str, str]]:
+    """Return the libraries that torch names and nobody has, and the symbols it needs of them, with their versions.
+
+    The version of a symbol without one is "".
+    """
     own = {path.name: read(path) for path in sorted(torch_lib.glob("*.so*"))}
     places = [root / p for p in ("usr/lib/aarch64-linux-gnu", "lib/aarch64-linux-gnu", "lib")]
     named = {name for library in own.values() for name in library.needed} - set(own)
     system = {name: path for name in named for place in places if (path := place / name).exists()}
     missing = named - set(system)
 
-    # the interpreter itself defines the Py… symbols
+    # the interpreter defines the Py… symbols
     others = [read(path) for path in (*system.values(), root / "usr/bin/python3.11")]
     defined = {name for library in (*own.values(), *others) for name in library.defined}
     symbols: dict[str, str] = {}
@@ -70,10 +74,10 @@ def absent(torch_lib: Path, root: Path) -> tuple[set[str], dict[str, str]]:
     return missing, symbols
 
 
-def write(missing: set[str], symbols: dict[str, str], stubs: Path) -> None:
-    """Compile the stand-in, and link every missing name to it.
+def write_stubs(missing: set[str], symbols: dict[str, str], stubs: Path) -> None:
+    """Compile the stand-in, and make a link to it for every missing library.
 
-    The version script is not for looks: the loader stops at a library that lacks a version which another asks of it.
+    The version script is needed: the loader refuses a library that lacks a symbol version which another library needs.
     """
     stubs.mkdir(parents=True, exist_ok=True)
     for old in stubs.iterdir():
@@ -82,17 +86,14 @@ def write(missing: set[str], symbols: dict[str, str], stubs: Path) -> None:
     for name, version in sorted(symbols.items()):
         by_version[version].append(name)
     unversioned = by_version.pop("", [])
-    # a version script may not have nodes with names and one without: unversioned symbols are left out of it, thus
-    # exported as they are
+    # A version script cannot mix named and unnamed nodes. Unversioned symbols are left out; they are exported anyway.
     nodes = [f"{version} {{ global: {'; '.join(names)}; }};\n" for version, names in sorted(by_version.items())]
     (stubs / "stub.map").write_text("".join(nodes))
     (stubs / "stub.c").write_text("".join(f"void *{s}(void) {{ return 0; }}\n" for s in sorted(symbols)))
     library = stubs / "libstub.so"
-    subprocess.run(
-        ["aarch64-linux-gnu-gcc", "-w", "-shared", "-fPIC", "-nostdlib", f"-Wl,--version-script={stubs / 'stub.map'}",
-         "-o", str(library), str(stubs / "stub.c")],
-        check=True,
-    )  # fmt: skip
+    command = ["aarch64-linux-gnu-gcc", "-w", "-shared", "-fPIC", "-nostdlib"]
+    command += [f"-Wl,--version-script={stubs / 'stub.map'}", "-o", str(library), str(stubs / "stub.c")]
+    subprocess.run(command, check=True)
     for name in missing:
         (stubs / name).symlink_to(library.name)
     print(f"arm setup: {len(missing)} libraries stood in for, {len(symbols)} symbols, {len(unversioned)} unversioned")
@@ -100,4 +101,4 @@ def write(missing: set[str], symbols: dict[str, str], stubs: Path) -> None:
 
 if __name__ == "__main__":
     torch_lib, root, stubs = map(Path, sys.argv[1:])
-    write(*absent(torch_lib, root), stubs)
+    write_stubs(*find_missing(torch_lib, root), stubs)

@@ -64,6 +64,12 @@ def test_a_neutral_setting_counts_where_a_stage_names_it(config):
     assert set(found["qat_dpo"]) == {"dataset", "batch_size"} and found["qat_dpo"]["batch_size"] == 16
 
 
+def test_a_list_of_sections_is_recorded_as_plain_values():
+    c = load("tiny_spinquant", ["wandb.mode=disabled"])
+    found = settings(only(c, "spinquant.calibration"))["spinquant"]["calibration"]
+    assert found[0]["num_samples"] == 128 and found[0]["dataset"]["source"] == "json"
+
+
 def test_every_neutral_path_is_a_setting():
     def exists(schema: Any, path: str) -> bool:
         name, _, rest = path.partition(".")

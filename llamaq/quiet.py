@@ -1,9 +1,9 @@
 """Hold back what other libraries print on every start and at every token, and nothing else.
 
-    drop_known_messages()    once, by `import llamaq`: log messages known by their first words
-    filtered_stderr()        lines that C++ code writes straight to standard error, known by their form
-    quiet_logging()          everything logged below an error, while a library sets itself up
-    quiet()                  all of these and standard output, while ExecuTorch exports
+drop_known_messages()    once, by `import llamaq`: log messages known by their first words
+filtered_stderr()        lines that C++ code writes straight to standard error, known by their form
+quiet_logging()          everything logged below an error, while a library sets itself up
+quiet()                  all of these and standard output, while ExecuTorch exports
 """
 
 import contextlib

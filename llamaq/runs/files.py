@@ -32,8 +32,8 @@ def naming_full_disk(what: str) -> Iterator[None]:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"no space left while writing {what}; nothing finished is lost: free some space (superseded/ and *.partial "
-            "folders can go) and run the same command again"
+            f"no space left while writing {what}; nothing finished is lost: free some space (superseded/ "
+            "can go) and run the same command again"
         ) from e
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from llamaq import torchao_compat  # noqa: F401
 from llamaq.cluster.options import LAUNCHER, Options, add_options, parse_options, split_settings
-from llamaq.config import Config, load
+from llamaq.config import Config, check_sections, load
 from llamaq.errors import UserError
 from llamaq.runs.main import PATIENCE, backend
 
@@ -86,7 +86,8 @@ def parse(argv: list[str]) -> tuple[str, Config, Options]:
     c = load(arguments.config, settings)
     options = parse_options(arguments, c)
     options.check(c)
-    find_recipe(arguments.recipe)
+    recipe: Any = find_recipe(arguments.recipe)
+    check_sections(c, recipe.__globals__.get("NEEDS", ()), arguments.config)
     return arguments.recipe, c, options
 
 

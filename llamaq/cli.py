@@ -4,6 +4,8 @@
     tune run RECIPE --config CONFIG [k=v …]     run one; torchrun options go before RECIPE (--nproc_per_node 2)
     tune run RECIPE --help [SETTING …]          what it does and every setting, or all about some
     tune submit RECIPE --config CONFIG --address http://HEAD:8265 --num-workers N [k=v …]    the same on a Ray cluster
+    tune compare RUN RUN … [--output FILE]      runs side by side on one page
+    tune publish RUN --repo NAME [--dry-run]    what a run ships, to the Hugging Face Hub
     tune cp | cat | validate | download …       as in torchtune
     tune lsx | list-trials | list-experiments | add-note | ls FOLDER …    Ray Tune's
 
@@ -12,15 +14,21 @@ Ray and torchtune install a script of the same name; `llamaq …` and `python -m
 
 import argparse
 import ast
+import contextlib
+import importlib
+import os
 import sys
 from pathlib import Path
 
 from llamaq.config import load, packaged_configs, parse_arguments, recipes_dir
 from llamaq.config.arguments import HELP
 from llamaq.errors import UserError
+from llamaq.runs import signals
 
 # A config file serves the chain and each of its stages, so `tune ls` lists configs under the chain and SpinQuant only.
-RECIPES = ["qat_lora_dpo", "qat", "qat_lora", "qat_dpo", "spinquant", "export_executorch", "evaluate"]
+RECIPES = ["qat_lora_dpo", "qat", "qat_lora", "qat_dpo", "spinquant", "export_executorch", "evaluate", "chat"]
+# commands that are neither torchtune's nor Ray's: the module whose `main` takes the arguments
+OWN_COMMANDS = {"submit": "llamaq.cluster.submit", "compare": "llamaq.report.compare", "publish": "llamaq.report.hub"}
 RAY_COMMANDS = ("lsx", "list-trials", "list-experiments", "add-note")
 
 
@@ -53,16 +61,21 @@ def register_recipes() -> None:
 
 def main() -> None:
     """Run a command of `tune`, `llamaq` or `python -m llamaq`."""
+    stages = sys.argv[1:2] == ["run"] and sys.argv[2:3] != ["chat"]  # chat has its own use for Ctrl-C
+    with signals.handled() if stages else contextlib.nullcontext():
+        _main()
+
+
+def _main() -> None:
     if _is_for_ray(sys.argv[1:]):
         _ray()
         return
     if asked := _help_asked_for(sys.argv[1:]):
         _print_help(*asked)
         return
-    if sys.argv[1:2] == ["submit"]:
-        from llamaq.cluster.submit import main as submit  # pyright: ignore[reportMissingImports]
-
-        sys.exit(submit(sys.argv[2:]))
+    if module := OWN_COMMANDS.get(next(iter(sys.argv[1:]), "")):
+        sys.exit(importlib.import_module(module).main(sys.argv[2:]))
+    sys.argv = _with_config(sys.argv)
     register_recipes()
     _patch_torchtune()
     from torchtune._cli.tune import TuneCLIParser
@@ -70,9 +83,17 @@ def main() -> None:
     parser = TuneCLIParser()
     parser._parser.description = "llamaq: torchtune's command line with the quantized training chain added."
     parser._parser.epilog = (
-        "examples: tune run qat_lora_dpo --config tiny; tune run qat --help; tune submit --help (a Ray cluster)"
+        "examples: tune run qat_lora_dpo --config tiny; tune run qat --help; tune compare runs/a runs/b; "
+        "tune publish runs/a --repo NAME --dry-run; tune submit --help (a Ray cluster)"
     )
     parser.run(parser.parse_args())
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """Put --config, without which torchtune runs nothing, before the file of `tune run chat MODEL.pte`."""
+    if argv[1:3] == ["run", "chat"] and len(argv) > 3 and argv[3].endswith(".pte") and "=" not in argv[3]:
+        return [*argv[:3], "--config", *argv[3:]]
+    return argv
 
 
 def _help_asked_for(argv: list[str]) -> tuple[str, list[str]] | None:
@@ -112,6 +133,19 @@ def _ray() -> None:
     cli()
 
 
+def _status_of_stop(e: Exception) -> int | None:
+    """Return the exit status if torchrun ended because of a signal, to itself or to its ranks; else None."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if isinstance(e, SignalException):
+        return 128 + e.sigval
+    if isinstance(e, ChildFailedError):
+        statuses = {failure.exitcode for failure in e.failures.values()}
+        return max(statuses) if statuses <= {128 + s for s in signals.SIGNALS} else None
+    return None
+
+
 def _patch_torchtune() -> None:
     """Two changes to torchtune's commands, both small enough to read here."""
     from torchtune._cli.run import Run
@@ -123,7 +157,14 @@ def _patch_torchtune() -> None:
         # torchrun starts fresh interpreters, which know neither the compatibility names nor our registry
         args.recipe_args = [str(args.recipe), *args.recipe_args]
         args.recipe = "llamaq.launch"
-        run_distributed(self, args, is_builtin=False)
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")  # torchrun kills ranks that need longer to stop
+        with signals.patient():
+            try:
+                run_distributed(self, args, is_builtin=False)
+            except Exception as e:
+                if (status := _status_of_stop(e)) is None:
+                    raise
+                sys.exit(status)
 
     def with_known_recipe(self: Run, args: argparse.Namespace, is_builtin: bool) -> None:
         if not is_builtin and "." not in args.recipe and not Path(f"{args.recipe}.py").exists():

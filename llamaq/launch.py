@@ -8,12 +8,14 @@ import runpy
 import sys
 
 from llamaq import torchao_compat  # noqa: F401
+from llamaq.runs import signals
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path.insert(0, os.getcwd())
     target = sys.argv[0]
-    if target.endswith(".py"):
-        runpy.run_path(target, run_name="__main__")
-    else:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    with signals.handled():
+        if target.endswith(".py"):
+            runpy.run_path(target, run_name="__main__")
+        else:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)

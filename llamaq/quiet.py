@@ -4,6 +4,7 @@ drop_known_messages()    once, by `import llamaq`: log messages known by their f
 filtered_stderr()        lines that C++ code writes straight to standard error, known by their form
 quiet_logging()          everything logged below an error, while a library sets itself up
 quiet()                  all of these and standard output, while ExecuTorch exports
+visible_stderr()         where to write what the user shall see meanwhile
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from typing import TextIO
 
 _LOGGED = {
     "torchao": "Failed to load ",  # CUDA-only extension libraries, absent or unloadable on a CPU
@@ -24,6 +26,14 @@ _NATIVE = re.compile(  # ExecuTorch's C++, straight to standard error; the last 
     r"\[cpuinfo_utils\.cpp:|I tokenizers:regex\.cpp:|"
     r"E [\d:.]+ executorch:kernel_runtime_context\.h:\d+\] No temp allocator provided"
 )
+
+
+_visible: list[TextIO] = []  # where standard error led before it was held back, innermost last
+
+
+def visible_stderr() -> TextIO:
+    """Return standard error as the user sees it, also while `filtered_stderr` holds it back."""
+    return _visible[0] if _visible else sys.stderr
 
 
 class _PrefixFilter(logging.Filter):
@@ -49,13 +59,14 @@ def filtered_stderr() -> Iterator[None]:
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile("w+", errors="replace") as file:
+        _visible.append(os.fdopen(kept, "w", buffering=1, errors="replace"))
         os.dup2(file.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
             os.dup2(kept, 2)
-            os.close(kept)
+            _visible.pop().close()
             file.seek(0)
             sys.stderr.write("".join(line for line in file if not _NATIVE.match(line)))
 

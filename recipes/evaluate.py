@@ -9,7 +9,8 @@
     sensitivity        what quantizing each linear costs
     tasks_NAME         lm-evaluation-harness, on models and on .pte files
     speed              size, speed and memory of the .pte files on this machine
-    report             report.md, plots, report.json, and README.md, the model card
+    report             report.md, index.html, plots, report.json, and README.md, the model card
+    bundle             model.pte with all that an app needs beside it
 
 NAME is bf16 (what the run starts from), ptq (the same, rounded to nearest), control and ptq_control (trained alike
 without quantization, and rounded afterwards), qat, qat_lora, final or spinquant. Stages that are up to date are kept,
@@ -27,6 +28,7 @@ from llamaq.config.view import only
 from llamaq.evaluate.models import MODEL_SETTINGS, Models, ModelSource, check_evaluation, stages_up_to
 from llamaq.evaluate.scores import Scores, share_won_back
 from llamaq.evaluate.stages import measure, score_stage
+from llamaq.export.bundle import bundle
 from llamaq.model.build import build_model, scheme_of
 from llamaq.model.causal_lm import CausalLM
 from llamaq.quant.prepare import merge_adapters
@@ -105,12 +107,16 @@ def recipe(run: Run) -> None:
 
         say(f"report: {evaluate_and_report(run)}/report.md")
         return
+    for section in ("qat", "qat_lora") if c.evaluate.control else ("qat",):
+        c.section(section)
     check_evaluation(c, *chain_names(c))
     need_exported(run)
     answer(run)
     evaluate(run)
     models = chain_models(run)
-    say(f"report: {report_chain(run, models, measure(run, models))}/report.md")
+    report = report_chain(run, models, measure(run, models))
+    bundle(run)
+    say(f"report: {report}/report.md")
 
 
 if __name__ == "__main__":

@@ -30,10 +30,13 @@ from llamaq.export.pte import Pte
 from llamaq.model.build import build_model, scheme_of
 from llamaq.model.causal_lm import CausalLM
 from llamaq.model.compare import agreement
+from llamaq.plan.preflight import check_adapters, check_prompt
 from llamaq.runs.files import write_json
 from llamaq.runs.main import main
 from llamaq.runs.ranks import on_rank_zero, say
 from llamaq.runs.run import Run
+
+NEEDS = ("qat",)  # of a SpinQuant config, `tune run spinquant` exports
 
 
 def parts_of(stage: str) -> list[str]:
@@ -109,7 +112,7 @@ def export(
         result = export_checked(c, codes, pte_file, lambda: model(run), context, methods)
         for name, checkpoint in methods.items():
             result["hand_overs"][f"pte/{name}"] = check_method(c, checkpoint, pte_file, name, context)
-            shutil.rmtree(checkpoint)  # all of it is in the .pte
+        shutil.rmtree(folder / "methods", ignore_errors=True)  # all of it is in the .pte
         return result
 
     return run.stage("export", on_rank_zero(build), c, [run.path(source)], arguments={"context": context})
@@ -132,6 +135,8 @@ def answer(run: Run) -> Path:
 
 def recipe(run: Run) -> None:
     """Convert, export, and ask the file."""
+    check_prompt(run.config)
+    check_adapters(run.config)
     convert(run)
     exported = export(run)
     answer(run)
@@ -139,4 +144,4 @@ def recipe(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    main(recipe, __doc__)
+    main(recipe, __doc__, NEEDS)

@@ -23,6 +23,8 @@ from llamaq.runs.ranks import rank, say
 from llamaq.runs.run import Run
 from llamaq.train.sft import train_sft
 
+NEEDS = ("qat",)
+
 # what every training stage reads of the config, besides its own section
 TRAINING = ("model", "tokenizer", "seed", "dtype", "compile")
 
@@ -77,4 +79,4 @@ def recipe(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    main(recipe, __doc__)
+    main(recipe, __doc__, NEEDS)

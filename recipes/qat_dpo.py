@@ -20,6 +20,7 @@ from llamaq.config.view import only
 from llamaq.data.datasets import build_dataset, usable_pairs
 from llamaq.data.tokenizer import tokenizer_of
 from llamaq.model.build import build_model, pick_device, scheme_of
+from llamaq.plan.preflight import check_stage
 from llamaq.recipes.qat import TRAINING
 from llamaq.runs.main import main
 from llamaq.runs.ranks import rank, say
@@ -27,6 +28,8 @@ from llamaq.runs.run import Run
 from llamaq.train.loop import train
 from llamaq.train.objectives import DPO
 from llamaq.train.reference import reference_logprobs
+
+NEEDS = ("qat_dpo",)
 
 
 def reference(run: Run) -> Path:
@@ -81,8 +84,9 @@ def preference_pairs(c: Config) -> tuple[list[dict[str, Any]], list[int], int]:
 
 def recipe(run: Run) -> None:
     """Run stage 3."""
+    check_stage(run.config, "qat_dpo")
     say(f"backbone and adapters: {qat_dpo(run)}")
 
 
 if __name__ == "__main__":
-    main(recipe, __doc__)
+    main(recipe, __doc__, NEEDS)

@@ -13,11 +13,14 @@ from typing import Any
 from llamaq.checkpoints.torchtune import save_weights, weights_of
 from llamaq.config.view import only
 from llamaq.model.build import build_model, scheme_of
+from llamaq.plan.preflight import check_stage
 from llamaq.recipes.qat import TRAINING
 from llamaq.runs.main import main
 from llamaq.runs.ranks import say
 from llamaq.runs.run import Run
 from llamaq.train.sft import train_sft
+
+NEEDS = ("qat_lora",)
 
 
 def qat_lora(run: Run, control: bool = False) -> Path:
@@ -38,8 +41,9 @@ def qat_lora(run: Run, control: bool = False) -> Path:
 
 def recipe(run: Run) -> None:
     """Run stage 2."""
+    check_stage(run.config, "qat_lora")
     say(f"adapters: {qat_lora(run)}/adapters.safetensors")
 
 
 if __name__ == "__main__":
-    main(recipe, __doc__)
+    main(recipe, __doc__, NEEDS)

@@ -12,7 +12,8 @@
     answer                what the exported file says to a prompt
     control_*, evaluate   the same training without quantization, and every model on held-out text
     files, speed, …       measurements of the exported file itself: see `tune run evaluate --help`
-    report                report/report.md, and README.md, the model card
+    report                report/report.md, report/index.html, and README.md, the model card
+    bundle                what an app needs: model.pte, its tokenizer, settings, card and checksums
 
 Run it again to resume. Finished stages are checked and kept, an interrupted one continues from its last checkpoint, and
 a changed setting runs only those stages again that depend on it.
@@ -20,6 +21,7 @@ a changed setting runs only those stages again that depend on it.
 
 from llamaq.evaluate.models import check_evaluation
 from llamaq.evaluate.stages import measure
+from llamaq.export.bundle import bundle
 from llamaq.recipes.evaluate import chain_models, chain_names, evaluate
 from llamaq.recipes.export_executorch import answer, convert, export
 from llamaq.recipes.qat import prepare_start, qat
@@ -29,6 +31,8 @@ from llamaq.report.publish import report_chain
 from llamaq.runs.main import main
 from llamaq.runs.ranks import say
 from llamaq.runs.run import Run
+
+NEEDS = ("qat", "qat_lora", "qat_dpo")
 
 
 def recipe(run: Run) -> None:
@@ -44,8 +48,10 @@ def recipe(run: Run) -> None:
     evaluate(run)
     models = chain_models(run)
     measured = measure(run, models)
-    say(f"\nreport: {report_chain(run, models, measured)}/report.md")
+    report = report_chain(run, models, measured)
+    bundle(run)
+    say(f"\nreport: {report}/report.md")
 
 
 if __name__ == "__main__":
-    main(recipe, __doc__)
+    main(recipe, __doc__, NEEDS)

@@ -10,6 +10,7 @@
     spinquant         the best candidate, Meta layout; loads in ExecuTorch with `--use_spin_quant native`
     export, answer    the .pte, through the gates of every hand-over; what it answers to `export.prompt`
     evaluate, report  loss and agreement on held-out text, and all else that `evaluate` asks for; report/report.md
+    bundle            what an app needs: model.pte, its tokenizer, settings, card and checksums
 
 Run it again to resume. It runs in one process, on one GPU or a CPU; the samples are the same on either.
 """
@@ -27,6 +28,7 @@ from llamaq.data.tokenizer import copy_tokenizer
 from llamaq.evaluate.models import MODEL_SETTINGS, Models, ModelSource, check_evaluation
 from llamaq.evaluate.scores import Scores, share_of_kl
 from llamaq.evaluate.stages import measure, score_stage
+from llamaq.export.bundle import bundle
 from llamaq.export.exporter import load_eager
 from llamaq.export.gates import GATES, check_gate, gate_tokens
 from llamaq.model.build import build_model, pick_device, scheme_of
@@ -51,6 +53,7 @@ from llamaq.spinquant.candidates import (
 from llamaq.spinquant.loops import bar
 from llamaq.spinquant.windows import TEXT, windows
 
+NEEDS = ("spinquant",)
 SHIPPED = "spinquant"  # the stage with the best candidate, and the name of its model in the evaluation
 
 
@@ -129,7 +132,9 @@ def evaluate_and_report(run: Run) -> Path:
 
     score_stage(run, models, share)
     names = [k.name for k in candidates_of(run.config.section("spinquant"), run.config.seed)]
-    return report_spinquant(run, models, names, measure(run, models))
+    report = report_spinquant(run, models, names, measure(run, models))
+    bundle(run)
+    return report
 
 
 def recipe(run: Run) -> None:
@@ -146,4 +151,4 @@ def recipe(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    main(recipe, __doc__)
+    main(recipe, __doc__, NEEDS)

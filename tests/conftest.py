@@ -52,6 +52,9 @@ SMALL = [
     *[f"{s}.batch_size=4" for s in ("base", "qat", "qat_lora", "qat_dpo")],
     *[f"{s}.global_batch_size=8" for s in ("base", "qat", "qat_lora", "qat_dpo")],
     *[f"{s}.checkpoint_every_n_steps=2" for s in ("base", "qat", "qat_lora", "qat_dpo")],
+    # a warm-up that fits into 6 steps, and the learning rates of the config: 5e-3 · step / 20 is 1.25e-3 · step / 5
+    *[f"{s}.lr_scheduler.num_warmup_steps=5" for s in ("base", "qat", "qat_lora")],
+    *[f"{s}.optimizer.lr={lr}" for s, lr in (("base", 1.25e-3), ("qat", 5e-4), ("qat_lora", 1e-3))],
     "qat.epochs=4",
     "qat_lora.epochs=4",
     "qat_dpo.epochs=4",

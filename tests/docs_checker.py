@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from llamaq.cli import RAY_COMMANDS, RECIPES
+from llamaq.cli import OWN_COMMANDS, RAY_COMMANDS, RECIPES
 from llamaq.config import Config, packaged_configs
 
 ROOT = Path(__file__).parent.parent
@@ -195,7 +195,7 @@ def check_commands(text: str, folder: Path) -> Iterator[str]:
 
 def check_tune(words: list[str]) -> Iterator[str]:
     command, rest = words[0], words[1:]
-    if command not in (*TORCHTUNES_COMMANDS, *RAY_COMMANDS, "submit", "--help") and not is_placeholder(command):
+    if command not in (*TORCHTUNES_COMMANDS, *RAY_COMMANDS, *OWN_COMMANDS, "--help") and not is_placeholder(command):
         yield f"tune has no command {command}"
     options = [w.partition("=")[0] for w in rest if w.startswith("--")]
     if command == "run":
@@ -209,6 +209,9 @@ def check_tune(words: list[str]) -> Iterator[str]:
     if command == "submit":
         yield from (f"tune submit has no option {o}" for o in options if o not in submit_options())
         rest = rest if rest and not rest[0].startswith("-") else []
+    elif command in OWN_COMMANDS:
+        code = python_files()[f"{OWN_COMMANDS[command].replace('.', '/')}.py"]
+        yield from (f"tune {command} has no option {o}" for o in options if f'add_argument("{o}"' not in code)
     if command in ("run", "submit") and rest and rest[0] not in RECIPES and not is_placeholder(rest[0]):
         yield f"there is no recipe {rest[0]}"
     for option, value in itertools.pairwise(rest):

@@ -43,6 +43,19 @@ CASES = {
     "argument it does not take": (["qat.optimizer.learning_rate=1"], "qat.optimizer: torch.optim.AdamW was called"),
     "context below sequence": (["export.max_context_length=64"], "is below export.max_seq_length"),
     "a word ExecuTorch stumbles over": (["output_dir=/tmp/my-int8-run"], "contains 'int8'"),
+    "gradients clipped to nothing": (["qat.clip_grad_norm=0"], "qat.clip_grad_norm=0.0: must be above 0"),
+    "a rate that climbs": (["qat.optimizer.lr=-1e-3"], "qat.optimizer.lr=-0.001: must be a number, 0 or more"),
+    "an optimizer with a closure": (
+        ["qat.optimizer._component_=torch.optim.LBFGS", "~qat.optimizer.weight_decay"],
+        "qat.optimizer: torch.optim.LBFGS takes a closure",
+    ),
+    "only a warm-up": (["qat_lora.max_steps=4"], "num_warmup_steps=5, but qat_lora has only 4 steps"),
+    "distillation in DPO": (["qat_dpo.distill_weight=0.1"], "qat_dpo.distill_weight=0.1: only qat and qat_lora"),
+    "samples longer than the model": (["tokenizer.max_seq_len=4096"], "is above the model's max_seq_len=512"),
+    "a prompt without room": (["export.max_new_tokens=250"], "leaves room for 5 beside export.max_new_tokens=250"),
+    "a gate that nothing passes": (["export.max_kl=-1"], "export.max_kl=-1.0: must be 0 or more"),
+    "sizes that make no model": (["model.num_kv_heads=3"], "cannot build a model of these sizes"),
+    "a folder nobody can write to": (["output_dir=/proc/llamaq"], "output_dir=/proc/llamaq cannot be used"),
     "wandb mode": (["wandb.mode=cloud"], "wandb.mode=cloud: choose online, offline or disabled"),
     # files
     "no data file": (["qat.dataset.data_files=/nowhere.jsonl"], "qat.dataset.data_files=/nowhere.jsonl: no such"),
@@ -126,6 +139,35 @@ def test_no_room_on_the_disk_is_said_before_anything_is_trained(tmp_path, monkey
     code, errors = outcome(monkeypatch, capsys, "--config", "tiny", *SMALL, f"output_dir={tmp_path / 'run'}")
     assert code == 1 and "use another disk" in errors[0]
     assert not (tmp_path / "run" / "base").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe_name, config, missing, instead",
+    [
+        ("qat", "tiny_spinquant", "qat", "llama3_2/1B_qat_lora_dpo, llama3_2/3B_qat_lora_dpo, reference, tiny"),
+        ("spinquant", "tiny", "spinquant", "reference_spinquant, tiny_spinquant"),
+        ("qat_lora_dpo", "tiny_spinquant", "qat", "reference, tiny"),
+        ("export_executorch", "tiny_spinquant", "qat", "reference, tiny"),
+        ("qat_lora", "tiny -qat_lora", "qat_lora", "reference, tiny"),
+        ("qat_dpo", "tiny -qat_dpo", "qat_dpo", "reference, tiny"),
+        ("qat_lora_dpo", "tiny -qat_dpo", "qat_dpo", "reference, tiny"),
+        ("evaluate", "tiny -qat_lora", "qat_lora", ""),
+    ],
+)
+def test_a_recipe_says_at_once_which_section_is_missing(
+    recipe_name, config, missing, instead, tmp_path, monkeypatch, capsys
+):
+    import runpy
+
+    name, *without = config.split()
+    arguments = ["--config", name, "wandb.mode=disabled", f"output_dir={tmp_path / 'run'}"]
+    monkeypatch.setattr(sys, "argv", [recipe_name, *arguments, *(w.replace("-", "~") for w in without)])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_module(f"llamaq.recipes.{recipe_name}", run_name="__main__")
+    errors = capsys.readouterr().err.splitlines()
+    assert e.value.code == 1 and len(errors) == 1 and f"section '{missing}'" in errors[0], errors
+    assert instead in errors[0]
+    assert recipe_name == "evaluate" or not (tmp_path / "run").exists()
 
 
 def test_help_lists_every_setting(monkeypatch, capsys):

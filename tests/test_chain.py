@@ -32,6 +32,7 @@ STAGES = (
     "control_lora",
     "evaluate",
     "report",
+    "bundle",
 )
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
 
@@ -136,7 +137,7 @@ def test_running_it_again_runs_nothing_and_a_changed_setting_what_depends_on_it(
     assert before == {s: (folder / s / "manifest.json").stat().st_mtime_ns for s in STAGES}
     said = run(folder, "evaluate.max_samples=6", "evaluate.control=false", "qat.batch_size=8")  # the last: speed only
     after = {s: (folder / s / "manifest.json").stat().st_mtime_ns for s in STAGES}
-    assert [s for s in STAGES if after[s] != before[s]] == ["evaluate", "report"]
+    assert [s for s in STAGES if after[s] != before[s]] == ["evaluate", "report", "bundle"]
     assert "Share of the quantization loss" not in (folder / "report/report.md").read_text()
 
 

@@ -70,6 +70,7 @@ WRONG = {
     "```bash\ntune run qat --config tiny \\\n    qat.optimizer.learning_rate=1\n```": "qat.optimizer.learning_rate",
     "`tune submit qat --config tiny --num-worker 8`": "tune submit has no option --num-worker",
     "`tune evaluate tiny`": "tune has no command evaluate",
+    "`tune publish runs/1B --repo NAME --token T`": "tune publish has no option --token",
     "`tune cp tinny mine.yaml`": "there is no recipe or config tinny",
     "`make tests`": "make has no target tests",
     "`python tests/benchmarks/none.py`": "there is no file tests/benchmarks/none.py",

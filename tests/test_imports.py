@@ -34,7 +34,7 @@ FLOORS = [
     {"data", "checkpoints"},
     {"train", "spinquant"},
     {"plan", "export"},
-    {"evaluate"},
+    {"evaluate", "chat"},
     {"report"},
     {"recipes"},
     {"cluster"},
@@ -48,7 +48,7 @@ ONLY_IN = {
     "deepspeed": ("llamaq/train/deepspeed.py",),
     "ray": ("cluster/", "llamaq/cli.py"),
     "executorch": ("llamaq/export/",),
-    "wandb": ("llamaq/runs/tracking.py",),
+    "wandb": ("llamaq/runs/wandb_run.py",),
     "torchtune": (
         "llamaq/cli.py",
         "llamaq/config/components.py",

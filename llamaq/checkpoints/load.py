@@ -20,7 +20,9 @@ from llamaq.checkpoints.torchtune import read_torchtune, torchtune_files
 from llamaq.config import Config
 from llamaq.errors import UserError
 from llamaq.model.build import StateDict, meta_decoder
+from llamaq.runs.files import LARGE
 from llamaq.runs.manifest import MANIFEST
+from llamaq.runs.tracking import progress
 
 
 def start_weights(c: Config) -> StateDict:
@@ -92,4 +94,7 @@ def _checked(tensors: StateDict, decoder: nn.Module, folder: Path) -> StateDict:
             if keys
         ]
         raise UserError(f"{folder} does not fit the model of this config: {', '.join(parts)}; choose its config")
-    return {k: v.float() for k, v in tensors.items()}
+    named = tensors.items()
+    if sum(v.nbytes for v in tensors.values()) >= LARGE:  # files that are mapped are read here
+        named = progress(list(named), f"reading {folder.name}", unit="tensor")
+    return {k: v.float() for k, v in named}

@@ -95,7 +95,7 @@ def with_adapters(checkpoint: Path, adapter: Path, folder: Path) -> Path:
     tensors = torch.load(checkpoint / WEIGHTS, weights_only=True)
     params = json.loads((checkpoint / PARAMS).read_text())
     tensors |= load_peft(adapter, params, tensors)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # an interrupted attempt may have left it
     save_pth(folder / WEIGHTS, tensors)
     shutil.copyfile(checkpoint / PARAMS, folder / PARAMS)
     return folder

@@ -5,13 +5,15 @@ import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llamaq.errors import UserError
 from llamaq.model.build import StateDict
-from llamaq.runs.files import naming_full_disk
+from llamaq.runs.files import LARGE, naming_full_disk
+from llamaq.runs.ticker import ticker
+from llamaq.runs.tracking import progress
 
 
 def load_safetensors(path: Path) -> StateDict:
@@ -21,7 +23,10 @@ def load_safetensors(path: Path) -> StateDict:
         UserError: the file is torn.
     """
     try:
-        return load_file(path)
+        if path.stat().st_size < LARGE:
+            return load_file(path)
+        with safe_open(path, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in progress(list(f.keys()), f"reading {path.name}", unit="tensor")}
     except SafetensorError as e:
         raise UserError(f"{path} cannot be read ({e}); is the file whole?") from e
 
@@ -44,7 +49,7 @@ def load_pth(path: Path) -> StateDict:
 
 def save_tensors(path: Path, tensors: StateDict) -> None:
     """Write a safetensors file, from any device and any memory layout."""
-    with naming_full_disk(str(path)):
+    with naming_full_disk(str(path)), ticker(f"writing {path}"):
         try:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
         except Exception as e:  # safetensors wraps the operating system's error
@@ -55,7 +60,7 @@ def save_tensors(path: Path, tensors: StateDict) -> None:
 
 def save_pth(path: Path, tensors: StateDict) -> None:
     """Write a state dict as torch does, the form that Meta's loaders read."""
-    with naming_full_disk(str(path)):
+    with naming_full_disk(str(path)), ticker(f"writing {path}"):
         try:
             torch.save({k: v.cpu() for k, v in tensors.items()}, path)
         except RuntimeError as e:  # torch's zip writer hides the operating system's error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from llamaq.config.checks import positive, require
 from llamaq.config.installed import cluster_dir
 from llamaq.errors import UserError
 
@@ -70,11 +71,15 @@ class DeepSpeedConfig:
             from_file = json.loads(path.read_text())
         except ValueError as e:
             raise UserError(f"deepspeed.config={path} is not valid JSON: {e}") from e
+        if not isinstance(from_file, dict):
+            raise UserError(f"deepspeed.config={path} holds no settings: it has to be a JSON object")
         merged = OmegaConf.to_container(OmegaConf.merge(from_file, self.settings))
         assert isinstance(merged, dict)
         for key in merged:
             _check_key(str(key))
-        return {str(k): v for k, v in merged.items()}
+        settings = {str(k): v for k, v in merged.items()}
+        _check_ranges(settings.get("zero_optimization") or {})
+        return settings
 
 
 def deepspeed_settings(c: "Config") -> dict[str, Any]:
@@ -89,6 +94,17 @@ def _settings_file(name: str) -> Path:
         known = ", ".join(sorted(p.stem for p in (cluster_dir() / "deepspeed").glob("*.json")))
         raise UserError(f"deepspeed.config={name} is neither a file nor one of {known}")
     return path
+
+
+def _check_ranges(zero: dict[str, Any]) -> None:
+    """Check the stage and sizes of ZeRO, of which DeepSpeed itself takes some that make no sense."""
+    if not isinstance(zero, dict):
+        raise UserError(f"deepspeed.settings.zero_optimization={zero}: it is a section, with stage and so on")
+    where, stage = "deepspeed.settings.zero_optimization", zero.get("stage", 0)
+    require(type(stage) is int and 0 <= stage <= 3, f"{where}.stage={stage}: choose 0, 1, 2 or 3")
+    for key, value in zero.items():
+        if key.endswith("bucket_size") and value != "auto":
+            positive(f"{where}.{key}", value)
 
 
 def _check_key(key: str) -> None:

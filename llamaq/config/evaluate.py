@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from llamaq.config.checks import at_least, has_component
+from llamaq.config.checks import at_least, at_most, has_data, require
 from llamaq.config.components import Component
+
+MOST_THREADS = 1024
 
 
 @dataclass
@@ -73,11 +75,13 @@ class EvaluateConfig:
     """Generated tokens when speed is measured, at least 1."""
 
     threads: int | None = None
-    """CPU threads when speed is measured. Unset: all CPUs that this process may use."""
+    """CPU threads when speed is measured, 1 to 1024. Unset: all CPUs that this process may use."""
 
     def check(self, name: str) -> None:
         """Check the dataset and the ranges."""
-        has_component(f"{name}.dataset", self.dataset)
+        has_data(f"{name}.dataset", self.dataset)
         at_least(1, self, name, "file_tokens", "speed_prompt_tokens", "speed_new_tokens", "batch_size")
         at_least(1, self, name, "max_samples", "task_limit", "threads")
         at_least(0, self, name, "sensitivity_samples", "num_fewshot")
+        at_most(MOST_THREADS, self, name, "threads")
+        require(self.models != [], f"{name}.models=[]: names no model; null measures them all")

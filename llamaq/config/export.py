@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from llamaq.config.checks import at_least, one_of, require
+from llamaq.config.checks import at_least, fraction, one_of, require
 
 
 @dataclass
@@ -19,8 +19,8 @@ class ExportConfig:
     adapters)."""
 
     max_context_length: int = 2048
-    """Tokens of prompt and answer that fit into the KV cache. At least `max_seq_length`. The cache is allocated in full
-    when the model is loaded."""
+    """Tokens of prompt and answer that fit into the KV cache. At least `max_seq_length`, at most the model's own. The
+    cache is allocated in full when the model is loaded."""
 
     quantize_kv_cache: bool = False
     """Store the KV cache as int8, per token and head. It takes a quarter of the memory and loses some quality; the
@@ -50,28 +50,29 @@ class ExportConfig:
     """Put the prompt into Llama 3's chat template. `false` for models of plain text."""
 
     max_new_tokens: int = 48
-    """Tokens of the answer to `prompt`, at most; 0 or more."""
+    """Tokens of the answer to `prompt`, at most; 0 or more. Prompt and answer have to fit into
+    `max_context_length`."""
 
     gate_tokens: int = 128
     """Held-out tokens on which the gates are measured, at least 1. They are the first of `evaluate.dataset`, up to
     `max_context_length`."""
 
     max_relative_error: float = 1e-4
-    """Gate: largest relative error of the logits. It is measured at each step from training to .pte as ‖difference‖ /
-    ‖reference‖ over all tokens, for the .pte as the median token's. Raise it to 5e-2 for 1B and larger models: there
-    some activation of every token lies so close to the border of two int8 levels that the order of float sums
-    decides."""
+    """Gate: largest relative error of the logits, 0 or more. It is measured at each step from training to .pte as
+    ‖difference‖ / ‖reference‖ over all tokens, for the .pte as the median token's. Raise it to 5e-2 for 1B and larger
+    models: there some activation of every token lies so close to the border of two int8 levels that the order of float
+    sums decides."""
 
     min_top1_agreement: float = 1.0
     """Gate: smallest share of equal top-1 tokens, 0 to 1. A token is equal if the most likely next token is the same
     before and after the step. Use 0.97 for 1B and larger models, for the reason given under `max_relative_error`."""
 
     max_kl: float = 1e-3
-    """Gate: largest KL of the .pte from the trained model, in nats per token. It is measured on `gate_tokens` as one
-    context, so that it also tests the KV cache. Use 1e-2 for 1B and larger models."""
+    """Gate: largest KL of the .pte from the trained model, in nats per token, 0 or more. It is measured on
+    `gate_tokens` as one context, so that it also tests the KV cache. Use 1e-2 for 1B and larger models."""
 
     def check(self, name: str) -> None:
-        """Check names, lengths and the names of methods."""
+        """Check names, lengths, gates and the names of methods."""
         one_of(f"{name}.stage", self.stage, "qat", "qat_lora", "qat_dpo")
         one_of(f"{name}.baseline_dtype", self.baseline_dtype, "bf16", "fp32")
         at_least(1, self, name, "max_seq_length", "gate_tokens")
@@ -85,3 +86,16 @@ class ExportConfig:
             self.max_context_length >= self.max_seq_length,
             f"{name}.max_context_length={self.max_context_length} is below {name}.max_seq_length={self.max_seq_length}",
         )
+        require(
+            self.room_for_prompt > 0,
+            f"{name}.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in {name}.max_context_length="
+            f"{self.max_context_length}; lower it to {max(0, self.max_context_length - 2)} or less",
+        )
+        fraction(f"{name}.min_top1_agreement", self.min_top1_agreement)
+        for key in ("max_relative_error", "max_kl"):  # infinity turns a gate off
+            require(getattr(self, key) >= 0, f"{name}.{key}={getattr(self, key)}: must be 0 or more")
+
+    @property
+    def room_for_prompt(self) -> int:
+        """Return the most tokens that `prompt` can have."""
+        return self.max_context_length - self.max_new_tokens - 1

@@ -22,7 +22,8 @@ NAMES = 36  # columns of a setting's name and value
 HOW = """
 Settings stand in the YAML file of `--config`. On the command line `key=value` changes one, `key=null` unsets it, and
 `~key` deletes it or a whole section: `qat.max_steps=100`, `evaluate.tasks=[mmlu,gsm8k]`, `~base`. In a value,
-`${data_dir}` stands for another setting. `tune cp tiny mine.yaml` copies a config to edit.
+`${data_dir}` stands for another setting. Text is taken as it is typed, and `~/` in a path is your home
+folder. `tune cp tiny mine.yaml` copies a config to edit.
 """
 COMPONENTS = """
 `_component_` names a function or class by its Python path: one of torchtune, of torch, or of a module of your own in

@@ -1,7 +1,7 @@
 """Reading a config: from a packaged name or a YAML file, with overrides, to a checked `Config`."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from llamaq.config.installed import packaged_configs
 from llamaq.config.schema import Config
+from llamaq.config.values import check_texts, expand_home, holds_text, text_value
 from llamaq.errors import UserError
 
 
@@ -28,9 +29,14 @@ def load(name: str, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, DictConfig):
         raise UserError(f"{path} holds no settings")
-    for item in overrides or []:
+    return with_overrides(raw, overrides or [], str(path))
+
+
+def with_overrides(raw: DictConfig, overrides: list[str], source: str) -> Config:
+    """Apply `key=value` overrides to a raw config and check it; see `resolve`."""
+    for item in overrides:
         _override(raw, item)
-    return resolve(raw, str(path))
+    return resolve(raw, source)
 
 
 def resolve(raw: DictConfig, source: str = "config") -> Config:
@@ -44,6 +50,7 @@ def resolve(raw: DictConfig, source: str = "config") -> Config:
         UserError: as `load`.
     """
     _check_keys(raw, Config, "", source)
+    check_texts(OmegaConf.to_container(raw, resolve=False), source)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw))
     except OmegaConfBaseException as e:
@@ -52,8 +59,29 @@ def resolve(raw: DictConfig, source: str = "config") -> Config:
             raise UserError(f"{source}: setting '{key}' is required and has no value") from e
         raise UserError(f"{source}: {key}: {str(e).splitlines()[0]}") from e
     assert isinstance(config, Config)
+    expand_home(config)
     config.check()
     return config
+
+
+def check_sections(config: Config, needed: Sequence[str], name: str) -> None:
+    """Check that a config has the sections that a recipe needs.
+
+    Args:
+        config: the settings.
+        needed: names of sections.
+        name: of the config, for the error.
+
+    Raises:
+        UserError: naming the first section that is missing, and packaged configs that have all of them.
+    """
+    missing = [section for section in needed if getattr(config, section) is None]
+    if missing:
+        have = [n for n, path in packaged_configs().items() if set(needed) <= set(OmegaConf.load(path))]
+        raise UserError(
+            f"--config {name} has no section '{missing[0]}', which this recipe needs; write it, or take a config that "
+            f"has it: {', '.join(have)}"
+        )
 
 
 def section_type(annotation: Any) -> Any:
@@ -64,7 +92,7 @@ def section_type(annotation: Any) -> Any:
 
 def _find(name: str) -> Path:
     packaged = packaged_configs()
-    path = packaged.get(name, Path(name))
+    path = packaged.get(name, Path(name).expanduser())
     if not path.is_file():
         near = difflib.get_close_matches(name, packaged, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; packaged configs: {', '.join(packaged)}"
@@ -76,9 +104,15 @@ def _override(raw: DictConfig, item: str) -> None:
     if item.startswith("~"):
         _delete(raw, item[1:])
         return
+    setting, separator, typed = item.partition("=")
     try:
-        _own_what_is_referred_to(raw, item.split("=", 1)[0])
-        raw.merge_with_dotlist([item])
+        _own_what_is_referred_to(raw, setting)
+        if separator and holds_text(setting):
+            OmegaConf.update(raw, setting, text_value(setting, typed))
+        else:
+            raw.merge_with_dotlist([item])
+    except UserError:
+        raise
     except Exception as e:
         raise UserError(f"cannot apply '{item}': {str(e).splitlines()[0]}") from e
 

@@ -8,13 +8,15 @@ A section with a `_component_` key is torchtune's way of naming any function or 
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from llamaq.config.checks import has_component, one_of, require
+from llamaq.config.chat import ChatConfig
+from llamaq.config.checks import has_component, not_negative, one_of, positive, require
 from llamaq.config.components import Component
 from llamaq.config.deepspeed import DeepSpeedConfig
 from llamaq.config.evaluate import EvaluateConfig
@@ -24,6 +26,7 @@ from llamaq.config.training import DPOConfig, TrainingConfig
 from llamaq.errors import UserError
 
 GROUP_SIZES = (32, 64, 128, 256)
+LARGEST_SEED = 2**32 - 1  # NumPy's, which lm-evaluation-harness seeds too
 
 
 @dataclass
@@ -76,9 +79,15 @@ class WandbConfig:
     kept in `output_dir/wandb`, and `wandb sync` sends them later."""
 
     def check(self, name: str) -> None:
-        """Check the mode."""
+        """Check the mode, and the names as W&B does."""
         if self.mode is not None:
             one_of(f"{name}.mode", self.mode, "online", "offline", "disabled")
+        length = len(self.project)
+        require(1 <= length <= 128, f"{name}.project has {length} characters; W&B takes 1 to 128")
+        taken = not re.search(r"[/\\#?%:]", self.project)
+        require(taken, f"{name}.project={self.project}: W&B takes no / \\ # ? % or : in it; choose another name")
+        taken = self.entity is None or re.fullmatch(r"[\w.-]+", self.entity)
+        require(bool(taken), f"{name}.entity={self.entity}: W&B takes letters, digits, _, - and . in it")
 
 
 @dataclass
@@ -128,10 +137,12 @@ class Config:
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     seed: int = 0
-    """Seed of sample order, initial adapters and rotations. A run with the same seed can be repeated."""
+    """Seed of sample order, initial adapters and rotations, 0 to 4294967295. A run with the same seed can be
+    repeated."""
 
     device: str = "auto"
     """Where to compute: `auto`, `cpu` or `cuda`. `auto` takes a GPU if there is one; under torchrun each rank takes its
@@ -188,8 +199,11 @@ class Config:
         """
         one_of("dtype", self.dtype, "bf16", "fp32")
         one_of("engine", self.engine, "auto", "torch", "deepspeed")
-        known_device = self.device in ("auto", "cpu") or self.device.startswith("cuda")
-        require(known_device, f"device={self.device}: choose auto, cpu or cuda")
+        known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
+        require(known_device is not None, f"device={self.device}: choose auto, cpu or cuda")
+        require(0 <= self.seed <= LARGEST_SEED, f"seed={self.seed}: must be between 0 and {LARGEST_SEED}")
+        for name in ("output_dir", "checkpoint_dir"):
+            require(getattr(self, name) != "", f"{name} is empty: name a folder")
         for word in ("int8", "8da4w"):
             require(
                 word not in str(Path(self.output_dir).absolute()),
@@ -202,6 +216,25 @@ class Config:
             section: Any = getattr(self, f.name)
             if is_dataclass(section):
                 section.check(f.name)  # pyright: ignore[reportAttributeAccessIssue]
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Check the sizes in component sections, and those that have to fit together."""
+        for key, value in self.model.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                (not_negative if "dropout" in key else positive)(f"model.{key}", value)
+        length = self.tokenizer.get("max_seq_len")
+        has_length = length is None or (type(length) is int and length >= 2)
+        require(has_length, f"tokenizer.max_seq_len={length}: must be at least 2, since a token predicts the next one")
+        for key, value in (self.corpus or {}).items():
+            if key.startswith("num_"):
+                positive(f"corpus.{key}", value)
+        e, room = self.evaluate, self.export.max_context_length
+        require(
+            not e.speed or e.speed_prompt_tokens + e.speed_new_tokens <= room,
+            f"evaluate.speed_prompt_tokens={e.speed_prompt_tokens} and evaluate.speed_new_tokens={e.speed_new_tokens} "
+            f"do not fit into export.max_context_length={room}; lower them, or set evaluate.speed=false",
+        )
 
 
 # removed when callers are (llamaq.config.view names these settings by full path)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from llamaq.config.checks import at_least, has_component, one_of, require
+from llamaq.config.checks import at_least, at_most, has_data, one_of, positive, require
 from llamaq.config.components import Component
 
 CANDIDATES = ("none", "r4", "r2_r4", "r1_r2_r4")
@@ -24,7 +24,7 @@ class CalibrationPart:
 
     def check(self, name: str) -> None:
         """Check the dataset and the number of windows."""
-        has_component(f"{name}.dataset", self.dataset)
+        has_data(f"{name}.dataset", self.dataset)
         at_least(1, self, name, "num_samples")
 
 
@@ -51,7 +51,7 @@ class SpinQuantConfig:
     is set."""
 
     num_seeds: int = 1
-    """Random starts of each learned candidate, at least 1. Learned are those with R1 or R2. Each start is a candidate
+    """Random starts of each learned candidate, 1 to 1000. Learned are those with R1 or R2. Each start is a candidate
     of its own, e.g. `r1_r2_r4_seed1`; more starts can find better rotations and take proportionally longer."""
 
     force: str | None = None
@@ -79,7 +79,7 @@ class SpinQuantConfig:
     activations quantized. These steps are much slower, since each runs the whole model."""
 
     refine_lr: float = 1.0e-3
-    """Learning rate of the `refine_steps` (Adam). It falls to 0 by a cosine."""
+    """Learning rate of the `refine_steps` (Adam), above 0. It falls to 0 by a cosine."""
 
     rounding: str = "gptq"
     """How weights become int4 codes: `gptq` or `rtn`. GPTQ corrects each rounding error in the columns that are not
@@ -98,8 +98,8 @@ class SpinQuantConfig:
     model; the integer codes stay as they are. Start with 100 to 200."""
 
     polish_lr: float = 3.0e-4
-    """Learning rate of the `polish_steps`. It is about the relative change of a scale in one step, and falls to 0 by a
-    cosine."""
+    """Learning rate of the `polish_steps`, above 0. It is about the relative change of a scale in one step, and falls
+    to 0 by a cosine."""
 
     def check(self, name: str) -> None:
         """Check names, ranges and every part of the calibration text."""
@@ -111,9 +111,12 @@ class SpinQuantConfig:
         at_least(0, self, name, "refine_steps", "polish_steps")
         one_of(f"{name}.objective", self.objective, "noise", "published")
         one_of(f"{name}.rounding", self.rounding, "gptq", "rtn")
-        require(self.lr > 0 and self.damping > 0, f"{name}.lr and {name}.damping must be positive")
+        at_most(1000, self, name, "num_seeds")
+        for key in ("lr", "refine_lr", "polish_lr", "damping"):
+            positive(f"{name}.{key}", getattr(self, key))
 
     def _check_candidates(self, name: str) -> None:
+        require(len(self.candidates) > 0, f"{name}.candidates=[]: names no rotation; [none] rotates nothing")
         for candidate in self.candidates:
             known = ", ".join(CANDIDATES)
             require(candidate in CANDIDATES, f"{name}.candidates: '{candidate}' is none of {known}")

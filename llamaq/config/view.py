@@ -10,7 +10,7 @@ A stage declares the sections it reads and gets a view that holds nothing else:
 The stage's identity is made from the view, so it cannot leave out a setting that the stage reads.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from typing import Any, cast
 
@@ -36,10 +36,36 @@ NEUTRAL = frozenset(
     ]
 )
 
+# What a stage and the stages it reads must have been made with alike, where both declare it. A training sample's length
+# is no part of the tokenizer.
+MUST_AGREE = ("model", "scheme", "adapters", "tokenizer")
+MAY_DIFFER = frozenset(["tokenizer.max_seq_len"])
+
 
 def only(config: Config, *declared: str) -> Config:
     """Return a view of the config that holds the declared sections and settings (dotted paths) and `NEUTRAL`."""
     return cast(Config, View(config, frozenset(declared)))
+
+
+def disagreement(made_with: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first setting of `MUST_AGREE` that two stages declare with different values, and both values.
+
+    Args:
+        made_with: the settings of a stage that is read, as its manifest has them.
+        now: the settings of the stage that reads it.
+    """
+    both = [section for section in MUST_AGREE if section in made_with and section in now]
+    found = (d for section in both for d in _differences(made_with[section], now[section], section))
+    return next((d for d in found if d[0] not in MAY_DIFFER), None)
+
+
+def _differences(before: Any, now: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        whole = "_component_" in before and "_component_" in now  # else a stage may declare some of the settings
+        for key in sorted(before.keys() | now.keys() if whole else before.keys() & now.keys()):
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}")
+    elif before != now:
+        yield path, before, now
 
 
 class View:

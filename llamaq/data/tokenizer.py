@@ -1,5 +1,6 @@
 """The tokenizer of a run, and prompts as the model saw them in training."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -50,12 +51,60 @@ def build_tokenizer(component: Component, vocab_size: int) -> Any:
 
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """Tokenize a prompt as in training: a user's turn and the start of the answer, or plain text after BOS."""
-    if not chat:
-        return tokenizer.encode(prompt, add_bos=True, add_eos=False)
+    template = Template(tokenizer, chat)
+    return template.opening + template.turn(prompt)
+
+
+def chat_tokens(tokenizer: Any, *turns: tuple[str, str]) -> list[int]:
+    """Tokenize turns (role, text) as in training, the last of them left open for the model to go on.
+
+    Nothing is cut off: `tokenizer.max_seq_len` is for training samples.
+    """
     from torchtune.data import Message
 
-    messages = [Message(role="user", content=prompt), Message(role="assistant", content="")]
-    return tokenizer.tokenize_messages(messages, add_end_tokens=False)[0]
+    unlimited = copy.copy(tokenizer)
+    unlimited.max_seq_len = None
+    messages = [Message(role=role, content=text) for role, text in turns]  # pyright: ignore[reportArgumentType]
+    return unlimited.tokenize_messages(messages, add_end_tokens=False)[0]
+
+
+class Template:
+    """Turn a conversation into tokens piece by piece.
+
+    `opening`, then for each turn `turn(question)`, the tokens of the answer and `closing`: joined, the pieces are what
+    the tokenizer makes of the whole conversation, because it encodes message by message. Plain text opens with BOS, and
+    a line break stands between turns.
+    """
+
+    def __init__(self, tokenizer: Any, chat: bool, system: str | None = None):
+        """Work out the pieces.
+
+        Args:
+            tokenizer: of the run.
+            chat: whether to use the tokenizer's chat template.
+            system: a system prompt, which becomes part of the opening.
+        """
+        self._tokenizer, self._chat = tokenizer, chat
+        if not chat:
+            self.opening, self.closing = [tokenizer.bos_id], self.turn("\n")
+            return
+        answer, turn = ("assistant", ""), self.turn("")
+        before = [] if system is None else [("system", system)]
+        self.opening = chat_tokens(tokenizer, *before, ("user", ""), answer)[: -len(turn)]
+        after_answer = chat_tokens(tokenizer, answer, ("user", ""), answer)
+        self.closing = after_answer[len(chat_tokens(tokenizer, answer)) : -len(turn)]
+
+    def turn(self, text: str) -> list[int]:
+        """Return the tokens of a question, up to where its answer begins."""
+        if not self._chat:
+            return self._tokenizer.encode(text, add_bos=False, add_eos=False)
+        return chat_tokens(self._tokenizer, ("user", text), ("assistant", ""))[1:]  # without BOS
+
+
+def text_of(tokenizer: Any, tokens: list[int]) -> str:
+    """Decode tokens. Ids that only round up the size of the model's vocabulary have no text."""
+    known, special = tokenizer.base_vocab_size, set(getattr(tokenizer, "special_tokens", {}).values())
+    return tokenizer.decode([t for t in tokens if t < known or t in special])
 
 
 def copy_tokenizer(component: Component, folder: Path) -> None:

@@ -5,6 +5,8 @@ its pre-quantized path is used, every key is accounted for, and the file is comp
 """
 
 import json
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,19 @@ from llamaq.config import ExportConfig
 from llamaq.errors import UserError
 from llamaq.export.patches import adapters_as_methods, hadamard_operator, light_tracing, online_blocks, true_lengths
 from llamaq.quiet import quiet
+from llamaq.runs.ticker import ticker
+from llamaq.runs.tracking import progress
 
+_PHASES = {  # functions of ExecuTorch's exporter → what takes the time in them
+    "_prepare_for_llama_export": "loading the checkpoint",
+    "export": "tracing the model",
+    "to_edge_transform_and_lower": "lowering it to XNNPACK",
+    "_to_edge_and_lower_llama_xnnpack": "lowering it to XNNPACK",
+    "_export_llama_multimethod": "lowering all methods to XNNPACK",
+    "to_executorch": "planning memory",
+    "save_to_pte": "writing the file",
+}
+_EXPORTER_FILES = ("llm/export/builder.py", "llama/export_llama_lib.py")
 # buffers of ExecuTorch's model that no checkpoint holds: zero points are 0, caches and tables are made at load
 _NOT_IN_CHECKPOINT = (".zeros", "kv_cache.k_cache", "kv_cache.v_cache", "mask", "freqs_cos", "freqs_sin")
 
@@ -116,12 +130,13 @@ def eager_cached_logits(checkpoint: Path, contexts: list[list[int]], options: Ex
 
         model, _, _ = get_llama_model(_config(arguments))
 
-    def logits(tokens: list[int]) -> Tensor:  # what the cache holds beyond a position is not looked at
-        rows = [model(torch.tensor([[t]]), {"input_pos": torch.tensor([i])}) for i, t in enumerate(tokens)]
-        return torch.cat([r.reshape(1, -1) for r in rows])
+    def row(token: int, position: int) -> Tensor:  # what the cache holds beyond a position is not looked at
+        return model(torch.tensor([[token]]), {"input_pos": torch.tensor([position])}).reshape(1, -1)
 
+    steps = [(token, position) for tokens in contexts for position, token in enumerate(tokens)]
     with quiet():  # the model warns, and the cache's operators write a line a layer, at every token
-        return [logits(tokens) for tokens in contexts]
+        rows = [row(*step) for step in progress(steps, "gate: ExecuTorch's eager model", unit="token")]
+    return list(torch.cat(rows).split([len(tokens) for tokens in contexts]))
 
 
 def check_keys(checkpoint: Path, model: nn.Module) -> None:
@@ -164,17 +179,29 @@ def export_pte(
     """
     checkpoint, output, options = Path(checkpoint), Path(output), options or ExportConfig()
     arguments = executorch_arguments(checkpoint, output, options, metadata, dtype)
+    thread = threading.get_ident()
     with quiet() as printed, online_blocks(checkpoint), light_tracing(), true_lengths(), adapters_as_methods():
         from executorch.examples.models.llama.export_llama_lib import export_llama
 
         config = _config(arguments, options.full_logits)
         _add_methods(config, adapters or {})
         try:
-            written = Path(export_llama(config))
+            with ticker(f"exporting {output.name}", lambda: _phase_of(thread)):
+                written = Path(export_llama(config))
         except (AssertionError, TypeError, ValueError) as e:
             raise UserError(f"ExecuTorch's exporter refused {checkpoint}: {e!r}\n{printed.getvalue()[-2000:]}") from e
     if written.resolve() != output.resolve():
         written.replace(output)
+
+
+def _phase_of(thread: int) -> str:
+    """Name what ExecuTorch's exporter does at this moment in a thread, by the innermost of its functions."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_name in _PHASES and frame.f_code.co_filename.endswith(_EXPORTER_FILES):
+            return _PHASES[frame.f_code.co_name]
+        frame = frame.f_back
+    return ""
 
 
 def _add_methods(config: Any, adapters: dict[str, Path]) -> None:

@@ -26,6 +26,7 @@ from llamaq.model.causal_lm import CausalLM
 from llamaq.model.compare import agreement
 from llamaq.runs.files import sha256_file
 from llamaq.runs.ranks import say
+from llamaq.runs.tracking import progress
 
 GATE_CONTEXT = 8  # tokens of a short context: long enough for attention to matter, short enough to stay unperturbed
 
@@ -95,7 +96,13 @@ class Expected:
 
 def eager_logits(model: CausalLM, contexts: list[list[int]]) -> list[Tensor]:
     """Compute the logits [tokens, vocab] of each context with llamaq's own model."""
-    return [model(torch.tensor([tokens]))[0] for tokens in contexts]
+    shown = progress(contexts, "gate: the trained model", unit="context")
+    return [model(torch.tensor([tokens]))[0] for tokens in shown]
+
+
+def pte_logits(pte: Pte, contexts: list[list[int]]) -> Tensor:
+    """Compute the logits of all contexts, one after the other, with an exported file: [tokens, vocab]."""
+    return torch.cat([pte.logits(tokens) for tokens in progress(contexts, f"gate: {pte.path.name}", unit="context")])
 
 
 def windows_of(tokens: list[int], context: int) -> list[list[int]]:
@@ -117,7 +124,7 @@ def pte_gates(
     spread evenly over the levels, so more of them lie near a border (4 layers: one token in four): its short contexts
     are single tokens.
     """
-    logits = torch.cat([pte.logits(w) for w in windows_of(tokens, context)])
+    logits = pte_logits(pte, windows_of(tokens, context))
     short, long = agreement(expected.short, logits), agreement(expected.long, pte.logits(tokens))
     what = f"what was trained → {pte.path.name}"
     return {
@@ -181,5 +188,5 @@ def check_method(c: Config, checkpoint: Path, pte_file: Path, name: str, context
     """Hold a further method of a .pte against ExecuTorch's eager model of its checkpoint."""
     windows, pte = windows_of(gate_tokens(c), context), Pte(pte_file, name)
     expected = torch.cat(eager_cached_logits(checkpoint, windows, c.export))
-    result = agreement(expected, torch.cat([pte.logits(w) for w in windows]))
+    result = agreement(expected, pte_logits(pte, windows))
     return check_gate(c.export, f"adapters {name} → method {name}", result, "token_error", "top1")

@@ -13,10 +13,10 @@ from llamaq.errors import UserError
 from llamaq.model.build import pick_device
 from llamaq.model.compare import HEAD_CHUNK_TOKENS
 from llamaq.model.shape import Shape, shape_of
-from llamaq.runs.ranks import world_size
+from llamaq.plan.disk import GIB, disk_of
+from llamaq.runs.files import size_of
+from llamaq.runs.ranks import from_rank_zero, world_size
 from llamaq.train.deepspeed import uses_deepspeed
-
-GIB = 2**30
 
 
 def stage_bytes(shape: Shape, training: TrainingConfig, c: Config, seq_len: int, kind: str) -> dict[str, float]:
@@ -117,13 +117,6 @@ def sharded(weights: float, c: Config) -> tuple[float, float, float]:
         weights / ranks if stage >= 2 else weights,
         0.0 if "offload_optimizer" in offloaded else optimizer,
     )
-
-
-def disk_bytes(shape: Shape, c: Config) -> float:
-    """Return the bytes of a whole run's folder: latent weights twice, codes, the .pte, checkpoints of one stage."""
-    keep = max((t.keep_checkpoints for t in (c.qat, c.qat_lora, c.qat_dpo) if t), default=-1) + 1
-    latent = shape.weights * 4.0
-    return latent * (4 if c.evaluate.control else 2) + shape.weights * 2.5 + keep * shape.weights * 12.0
 
 
 def spinquant_bytes(shape: Shape, c: Config, seq_len: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -258,13 +251,25 @@ def state_plan(c: Config, seq_len: int) -> str:
     shape = shape_of(c.model)
     rows = [f"model: {shape.weights / 1e6:,.1f} M parameters, {shape.layers} layers, vocabulary {shape.vocab:,}"]
     rows += map(str, memory_plan(c, seq_len))
-    need, free = disk_bytes(shape, c), shutil.disk_usage(_existing(Path(c.output_dir))).free
-    rows.append(f"{'disk':>10}: about {need / GIB:6.2f} GiB of {free / GIB:.1f} free for {c.output_dir}")
-    if need > free:
+    return "\n".join([*rows, from_rank_zero(lambda: state_disk(shape, c))])
+
+
+def state_disk(shape: Shape, c: Config) -> str:
+    """Return the plan's line on the disk.
+
+    Raises:
+        UserError: less free disk than what is still to be written.
+    """
+    disk, free = disk_of(shape, c), shutil.disk_usage(_existing(Path(c.output_dir))).free
+    if disk.needed > free:
+        more, old = " more" * (disk.held > 0), size_of(disk.superseded)
         raise UserError(
-            f"output_dir={c.output_dir} needs about {need / GIB:.1f} GiB, {free / GIB:.1f} are free; use another disk"
+            f"output_dir={c.output_dir} needs about {disk.needed / GIB:.1f} GiB{more}, {free / GIB:.1f} are free; "
+            + f"delete {c.output_dir}/superseded ({old}), or " * (disk.superseded > 0)
+            + "use another disk"
         )
-    return "\n".join(rows)
+    detail = f" ({disk})" if str(disk) else ""
+    return f"{'disk':>10}: about {disk.needed / GIB:6.2f} GiB of {free / GIB:.1f} free for {c.output_dir}{detail}"
 
 
 def _existing(path: Path) -> Path:

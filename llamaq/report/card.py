@@ -21,7 +21,7 @@ def render_card(facts: Facts) -> str:
     """
     parts = [
         "---\nlibrary_name: executorch\npipeline_tag: text-generation\n"
-        f"base_model: {facts['base']}\nlicense: {facts['license']}\ntags: [llamaq, executorch, xnnpack]\n---",
+        f"{_base_model(facts['base'])}license: {facts['license']}\ntags: [llamaq, executorch, xnnpack]\n---",
         MARK,
         f"# {facts['name']}",
         f"{facts['parameters'] / 1e6:,.1f} M parameters, quantized by llamaq {facts['version']} from `{facts['base']}` "
@@ -43,6 +43,11 @@ def render_card(facts: Facts) -> str:
         "licence asks for its text, “Built with Llama”, and a name that begins with “Llama”. The data has its own.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _base_model(base: str) -> str:
+    """Return the line that links the base model; hubs take ids of their own there and refuse folder names."""
+    return f"base_model: meta-llama/{base}\n" if base.startswith("Llama-3.2-") else ""
 
 
 def _scheme(facts: Facts) -> str:
@@ -75,8 +80,8 @@ def _use_parts(facts: Facts) -> list[str]:
         "```bash\nadb push export/model.pte /data/local/tmp/llamaq/\n"
         'adb shell "cd /data/local/tmp/llamaq && ./llama_main --model_path model.pte --tokenizer_path tokenizer.model '
         "--prompt '…' --cpu_threads 4\"\n```",
-        f"To export again with ExecuTorch {facts['packages'].get('executorch', '')} (`{relative}` is a checkpoint "
-        "in Meta's layout):",
+        f"To export again with ExecuTorch {facts['packages'].get('executorch', '')} (`{relative}`, in the run's "
+        "folder, is a checkpoint in Meta's layout):",
         f"```bash\npython -m executorch.examples.models.llama.export_llama {command}\n```",
         "With llama-models: its `quantization_args` loader reads `consolidated.00.pth` and `params.json` of that "
         "checkpoint.",

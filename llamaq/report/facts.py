@@ -132,7 +132,9 @@ def _first_and_last_loss(stage: str, metrics: dict[str, Any]) -> Facts:
 def _common_files(folder: Path) -> dict[str, Path]:
     return {
         "exported model": folder / "export" / "model.pte",
+        "all that an app needs": folder / "bundle",
         "model card": folder / "README.md",
+        "this report as one file": folder / "report" / "index.html",
         "all numbers": folder / "report" / "report.json",
     }
 

@@ -1,4 +1,4 @@
-"""Define the stage `report`: report.md, its plots, report.json and README.md, and the same in W&B."""
+"""Define the stage `report`: report.md, its plots, index.html, report.json and README.md, and the same in W&B."""
 
 import json
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from llamaq.report.facts import (
     layer_error_curves,
     loss_curves,
 )
+from llamaq.report.html import html_page
 from llamaq.report.measured import speed_summary, task_values
 from llamaq.report.page import render_chain_page, render_spinquant_page
 from llamaq.report.tables import MODELS, model_title
@@ -98,6 +99,7 @@ def _report_stage(run: Run, c: Config, made: list[str], measured: list[str], com
         facts, page, for_card = compose(folder, metrics)
         plot_measured(folder, facts["measured"])
         (folder / "report.md").write_text(page, encoding="utf-8")
+        (folder / "index.html").write_text(html_page(page, folder), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(facts | {"stages": metrics}, indent=1, default=str))
         (folder / "README.md").write_text(render_card(facts | for_card), encoding="utf-8")
         with run.tracker("report", folder) as tracker:
@@ -106,7 +108,7 @@ def _report_stage(run: Run, c: Config, made: list[str], measured: list[str], com
 
     # a stage's content does not cover its metrics, and the report shows them
     arguments = {"version": llamaq.__version__, "metrics": metrics}
-    folder = run.stage("report", on_rank_zero(build), c, inputs, arguments)
+    folder = run.stage("report", on_rank_zero(build), c, inputs, arguments, version=2)
     from_rank_zero(lambda: write_card(run.folder, (folder / "README.md").read_text(encoding="utf-8")))
     return folder
 

@@ -1,42 +1,95 @@
 """The `main` of every recipe: read settings, join the process group, run, print user errors on one line."""
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
-from llamaq.config import Config, load, parse_arguments
+from llamaq.config import Config, check_sections, load, parse_arguments
 from llamaq.errors import UserError
-from llamaq.runs.ranks import from_rank_zero, rank
-from llamaq.runs.run import Run
+from llamaq.runs import signals
+from llamaq.runs.pulse import COLLECTIVE_SECONDS, LostRankError
+from llamaq.runs.ranks import everywhere, from_rank_zero, rank, say
+from llamaq.runs.run import Hooks, Run
 from llamaq.runs.workers import check_workers
 
-# the other ranks wait while rank 0 converts, exports and evaluates: an hour for 3B
-PATIENCE = timedelta(hours=6)
+PATIENCE = timedelta(seconds=COLLECTIVE_SECONDS)  # of collectives; for rank 0's long work ranks wait outside of them
 
 
-def main(recipe: Callable[[Run], None], usage: str | None) -> None:
+def main(recipe: Callable[[Run], None], usage: str | None, needs: Sequence[str] = ()) -> None:
     """Run a recipe with the settings on the command line; exit with 1 and one line on a user's error.
 
     Args:
         recipe: gets the opened run; every rank calls it.
         usage: the recipe's docstring, shown by --help.
+        needs: the sections of the config that it cannot do without.
     """
-    try:
-        config = load(*parse_arguments(sys.argv[1:], usage or ""))
+    with signals.handled(), errors_on_one_line():
+        name, overrides = parse_arguments(sys.argv[1:], usage or "")
+        config = load(name, overrides)
+        check_sections(config, needs, name)
         join_process_group(config)
-        run = Run(config)
+        run = Run(config, SignalHooks())
         check_workers(config, from_rank_zero(lambda: run.id))
         recipe(run)
-    except UserError as e:
+    leave_process_group()
+
+
+@contextlib.contextmanager
+def errors_on_one_line() -> Iterator[None]:
+    """Turn a user's error into one line on standard error and exit status 1; leave as a signal asks."""
+    try:
+        yield
+    except signals.Stopped as e:
+        leave_process_group(128 + e.signum)
+        raise
+    except (UserError, LostRankError) as e:
+        _leave_if_another_rank_was_stopped(e)
         who = f"[rank {rank()}] " if rank() else ""
         print(f"{who}error: {e}", file=sys.stderr, flush=True)
         if os.environ.get("LLAMAQ_TRACEBACK"):
             traceback.print_exc()
         leave_process_group(1)
         sys.exit(1)
-    leave_process_group()
+    except RuntimeError as e:  # of a collective whose other end is gone
+        _leave_if_another_rank_was_stopped(e)
+        raise
+
+
+def _leave_if_another_rank_was_stopped(e: Exception) -> None:
+    """End this process if the error is what a rank sees when a signal has ended another: torchrun signals it next."""
+    import torch.distributed as dist
+
+    if not isinstance(e, UserError) and dist.is_initialized() and dist.get_world_size() > 1:
+        with contextlib.suppress(signals.Stopped):
+            signals.wait_for_signal(2.0)
+        if (signum := signals.received()) is not None:
+            leave_process_group(128 + signum)
+
+
+class SignalHooks(Hooks):
+    """Lets the training loop write a checkpoint when any rank got a signal, and ends the run on all ranks after it."""
+
+    def __init__(self):
+        self._stop: int | None = None
+
+    def due(self) -> bool:
+        """Tell whether this rank got a signal."""
+        return signals.received() is not None
+
+    def preempted(self) -> bool:
+        """Tell whether any rank got a signal."""
+        self._stop = next((s for s in everywhere(signals.received) if s is not None), None)
+        return self._stop is not None
+
+    def checkpointed(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """End the run after the checkpoint that a signal asked for."""
+        if self._stop is not None:
+            name = signals.name_of(self._stop)
+            say(f"{stage}: stopped by {name} after step {step}; run the same command again to go on from there")
+            raise signals.Stopped(self._stop)
 
 
 def join_process_group(c: Config) -> None:

@@ -59,7 +59,8 @@ def verify(folder: Path) -> dict[str, Any]:
 def list_files(folder: Path) -> list[Path]:
     """Return a stage's own files: not the manifest, nor what only an unfinished stage has."""
     paths = (p for p in folder.rglob("*") if p.is_file())
-    return sorted(p for p in paths if p.relative_to(folder).parts[0] not in (MANIFEST, STARTED, CHECKPOINTS))
+    not_its_own = (MANIFEST, STARTED, CHECKPOINTS)  # nor the first two half written, when that was cut short
+    return sorted(p for p in paths if p.relative_to(folder).parts[0].removesuffix(".tmp") not in not_its_own)
 
 
 def content_hash(path: Path) -> str:

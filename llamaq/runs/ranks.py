@@ -11,6 +11,9 @@ from typing import Any
 import torch.distributed as dist
 
 from llamaq.errors import UserError
+from llamaq.runs.pulse import Pulse
+
+_pulse: Pulse | None = None
 
 
 def rank() -> int:
@@ -29,16 +32,32 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def pulse_of_group() -> Pulse:
+    """Return this rank's pulse in the process group, which begins with the first call."""
+    global _pulse
+    store = dist.distributed_c10d._get_default_store()
+    if _pulse is None or _pulse.store is not store:
+        _pulse = Pulse(store, rank())
+    return _pulse
+
+
 def from_rank_zero(make: Callable[[], Any]) -> Any:
-    """Compute on rank 0 and return the result on every rank; an exception on rank 0 is raised on all of them."""
+    """Compute on rank 0 and return the result on every rank; an exception on rank 0 is raised on all of them.
+
+    It may take hours. The others wait as long as rank 0 lives (`llamaq.runs.pulse`), and then all meet.
+    """
     if world_size() == 1:
         return make()
+    pulse = pulse_of_group()
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
             box[0] = make()
         except Exception as e:
             box[1] = _sendable(e)
+    pulse.finish_turn()
+    if rank() != 0:
+        pulse.wait_for([0])
     dist.broadcast_object_list(box)
     if box[1] is not None:
         raise box[1]
@@ -54,12 +73,15 @@ def everywhere(make: Callable[[], Any]) -> list[Any]:
     """Compute on every rank and return all results in rank order; an exception on one rank is raised on all."""
     if world_size() == 1:
         return [make()]
+    pulse = pulse_of_group()
     boxes: list[Any] = [None] * world_size()
     mine: tuple[Any, Exception | None] = (None, None)
     try:
         mine = (make(), None)
     except Exception as e:
         mine = (None, _sendable(e))
+    pulse.finish_turn()
+    pulse.wait_for(range(world_size()))  # one may have a larger file to write, or a slower disk
     dist.all_gather_object(boxes, mine)
     for who, (_, error) in enumerate(boxes):
         if isinstance(error, UserError) and who != rank():

@@ -19,9 +19,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from llamaq.config import Config
-from llamaq.config.view import View
+from llamaq.config.view import View, disagreement
 from llamaq.errors import UserError
-from llamaq.runs.files import naming_full_disk, sha256_file, sha256_json, write_json
+from llamaq.runs.files import (
+    bytes_in,
+    is_bare,
+    naming_full_disk,
+    naming_unusable_folder,
+    read_json,
+    sha256_file,
+    sha256_json,
+    size_of,
+    write_json,
+)
 from llamaq.runs.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -37,6 +47,7 @@ from llamaq.runs.manifest import (
 from llamaq.runs.ranks import from_rank_zero, say
 from llamaq.runs.tracking import METRICS, Tracker
 
+OF_EVERY_RUN = (".lock", "run.json", "run.json.tmp")  # in its folder before anything is made
 Build = Callable[[Path], "dict[str, Any] | None"]
 
 
@@ -88,28 +99,37 @@ class Run:
         from_rank_zero(self._open)
 
     def _open(self) -> None:
-        marker = self.folder / "run.json"
         identity = {"model": self.config.model, "starts_from": self._start()}
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"output_dir={self.folder} is a file; choose a folder")
-        if marker.is_file():
-            before = json.loads(marker.read_text())
-            for key, value in identity.items():
-                if before.get(key) != value:
-                    raise UserError(
-                        f"output_dir={self.folder} holds another run ({key} was {before.get(key)}, now {value}); "
-                        "choose another output_dir"
-                    )
-        elif self.folder.is_dir() and any(p.name != self.hooks.folder for p in self.folder.iterdir()):
-            raise UserError(f"output_dir={self.folder} is not empty and is not a llamaq run; choose another folder")
-        try:
+        with naming_unusable_folder(f"output_dir={self.folder}"):
+            if self.folder.exists() and not self.folder.is_dir():
+                raise UserError(f"output_dir={self.folder} is a file; choose a folder")
+            begun = self._holds_run(identity)
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"output_dir={self.folder} cannot be created: {e.strerror}") from e
-        self._lock = self._take_lock()
-        if not marker.is_file():
-            run_id = hashlib.sha256(f"{self.folder.absolute()}{time.time()}".encode()).hexdigest()[:8]
-            write_json(marker, {**identity, "id": run_id, "created": time.strftime("%Y-%m-%d %H:%M:%S")})
+            self._lock = self._take_lock()
+            if not begun:
+                run_id = hashlib.sha256(f"{self.folder.absolute()}{time.time()}".encode()).hexdigest()[:8]
+                created = time.strftime("%Y-%m-%d %H:%M:%S")
+                write_json(self.folder / "run.json", {**identity, "id": run_id, "created": created})
+
+    def _holds_run(self, identity: dict[str, Any]) -> bool:
+        """Tell whether the folder holds this run already. One in which nothing was finished is as good as a new one.
+
+        Raises:
+            UserError: it holds another run, or something else.
+        """
+        before = read_json(self.folder / "run.json")
+        whole, same = "id" in (before or {}), all((before or {}).get(k) == v for k, v in identity.items())
+        if (whole and same) or is_bare(self.folder, (self.hooks.folder or "", *OF_EVERY_RUN), ("wandb", "*.partial")):
+            return whole and same
+        if before is None:
+            raise UserError(f"output_dir={self.folder} is not empty and is not a llamaq run; choose another folder")
+        if not whole:
+            raise UserError(f"{self.folder}/run.json is torn, so this run cannot go on; choose another output_dir")
+        key = next(k for k, v in identity.items() if before.get(k) != v)
+        raise UserError(
+            f"output_dir={self.folder} holds another run ({key} was {before.get(key)}, now {identity[key]}); "
+            "choose another output_dir"
+        )
 
     def _take_lock(self) -> IO[str]:
         lock, deadline = (self.folder / ".lock").open("w"), time.monotonic() + self._patience
@@ -226,6 +246,8 @@ class Run:
         self, name: str, made_of: dict[str, Any], inputs: Sequence[Path], folder: Path, partial: Path
     ) -> tuple[dict[str, Any], bool]:
         identity = {"stage": name, **identity_of(made_of), "inputs": {p.name: self._input_hash(p) for p in inputs}}
+        for path in inputs:
+            self._check_agreement(name, identity["settings"], path)
         key = sha256_json(identity)
         if (partial / MANIFEST).is_file() and read_manifest(partial)["key"] == key:
             self._publish(partial, folder)  # killed after the work was done, before it was renamed
@@ -239,11 +261,27 @@ class Run:
             say(f"{name}: {_why_again(manifest['identity'], identity)}; running it again")
         started = partial / STARTED
         if partial.exists() and not (started.is_file() and json.loads(started.read_text())["key"] == key):
-            self._supersede(partial)
+            self._drop_attempt(partial)
         partial.mkdir(parents=True, exist_ok=True)
         if not started.is_file():
             write_json(started, {"key": key})
         return identity, False
+
+    def _check_agreement(self, name: str, settings: dict[str, Any], path: Path) -> None:
+        """Check that a stage of this run, of which another is made, was made with the same model, scheme and so on."""
+        if path != self.path(path.name) or not (path / MANIFEST).is_file():
+            return
+        made_with = self._verify_once(path)["identity"]
+        if "version" not in made_with:  # of llamaq 0.1.0, which recorded settings in another way
+            return
+        if found := disagreement(made_with["settings"], settings):
+            setting, before, now = found
+            is_file = any(str(value).startswith("sha256:") for value in (before, now))
+            now, before = ("(another file)", "the file of before") if is_file else (now, f"{setting}={before}")
+            raise UserError(
+                f"{name}: {setting}={now}, but stage '{path.name}' in {self.folder} was made with {before}; run "
+                f"'{path.name}' again with this one, or give the one of before"
+            )
 
     def _finish(
         self, name: str, identity: Any, made_of: dict[str, Any], metrics: dict[str, Any], folder: Path, partial: Path
@@ -276,14 +314,30 @@ class Run:
             self._supersede(folder)
         partial.rename(folder)
 
+    def _drop_attempt(self, partial: Path) -> None:
+        """Give up an interrupted attempt at other settings. Its checkpoints, which only they could resume, are deleted.
+
+        A training stage of 1B keeps 28 GiB of them, and the new attempt needs the same again.
+        """
+        checkpoints = partial / CHECKPOINTS
+        if (partial / STARTED).is_file() and (freed := bytes_in(checkpoints)):
+            say(f"{partial.name}: begun with other settings; deleting its checkpoints ({size_of(freed)})")
+            shutil.rmtree(checkpoints, ignore_errors=True)  # before it moves, so that a kill here leaves none behind
+        if list_files(partial) or checkpoints.is_dir():
+            self._supersede(partial)
+        else:
+            shutil.rmtree(partial)
+
     def _supersede(self, folder: Path) -> None:
-        """Move a folder that no longer fits its settings out of the way; nothing is deleted."""
+        """Move a folder that no longer fits its settings out of the way, and say what such folders hold."""
         target = self.folder / "superseded" / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         target.parent.mkdir(exist_ok=True)
         while target.exists():
             target = target.with_name(target.name + "-1")
         folder.rename(target)
         self._verified.pop(str(folder), None)
+        held = size_of(bytes_in(target.parent))
+        say(f"{folder.name}: the old folder is now {target}; nothing reads superseded/ ({held}), and you can delete it")
 
     def _verify_once(self, folder: Path) -> dict[str, Any]:
         if str(folder) not in self._verified:

@@ -2,43 +2,52 @@
 
 The file in the stage's folder is the source of truth: one JSON object per step, with the same keys as in W&B. Each
 stage is a W&B run with the stage as its job type, and all stages of an output folder share a W&B group. Without a W&B
-login the run is kept offline in `output_dir/wandb`, and `wandb sync` sends it later. Plots use our own `step` as their
-x axis, because W&B counts the steps of a resumed offline run from 0 again.
+login or a server the run is kept offline in `output_dir/wandb`, and `wandb sync` sends it later. Plots use our own
+`step` as their x axis, because W&B counts the steps of a resumed offline run from 0 again.
 """
 
 import io
 import json
 import math
-import os
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from llamaq.config import Config
+from llamaq.quiet import visible_stderr
 from llamaq.runs.files import naming_full_disk
 from llamaq.runs.ranks import rank
+from llamaq.runs.wandb_run import open_wandb
 
 METRICS = "metrics.jsonl"
 
 
-def progress(iterable: Iterable[Any], title: str, total: int | None = None, initial: int = 0, unit: str = "it") -> tqdm:
+def progress(
+    iterable: Iterable[Any],
+    title: str,
+    total: int | None = None,
+    initial: int = 0,
+    unit: str = "it",
+    unit_scale: float = 1,
+) -> tqdm:
     """Wrap an iterable in a progress bar with rate and ETA; only rank 0 shows it.
 
-    A terminal is redrawn twice a second at most. A log file gets a line every 15 seconds.
+    A terminal is redrawn twice a second at most. A log file gets a line every 15 seconds. An item may stand for
+    `unit_scale` units.
     """
+    stderr = visible_stderr()
     return tqdm(
         iterable,
         desc=title,
         total=total,
         initial=initial,
         unit=unit,
+        unit_scale=False if unit_scale == 1 else unit_scale,
         disable=rank() != 0,
-        file=sys.stderr if sys.stderr.isatty() else _Lines(),
-        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        file=stderr if stderr.isatty() else _Lines(stderr),
+        mininterval=0.5 if stderr.isatty() else 15.0,
         dynamic_ncols=True,
     )
 
@@ -46,12 +55,15 @@ def progress(iterable: Iterable[Any], title: str, total: int | None = None, init
 class _Lines(io.TextIOBase):
     """Standard error with each state of the bar on its own line, since Ray forwards whole lines."""
 
+    def __init__(self, stderr: TextIO):
+        self.stderr = stderr
+
     def write(self, text: str) -> int:
         line = text.strip("\r\n ")
-        return sys.stderr.write(f"{line}\n") if line else len(text)
+        return self.stderr.write(f"{line}\n") if line else len(text)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        self.stderr.flush()
 
 
 class Tracker:
@@ -76,7 +88,7 @@ class Tracker:
             folder.mkdir(parents=True, exist_ok=True)
             self.path.write_text("".join(json.dumps(r) + "\n" for r in rows))
             self.file = self.path.open("a")
-        self._wandb = _init_wandb(config, run_id, stage)
+        self._wandb = open_wandb(config, run_id, stage)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Log one row; `step` counts optimizer steps from 1."""
@@ -92,21 +104,17 @@ class Tracker:
     def summary(self, values: dict[str, Any]) -> None:
         """Set values of the W&B run's summary."""
         if self._wandb:
-            self._wandb.summary.update(values)
+            self._wandb.summary(values)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Log a table to W&B."""
         if self._wandb:
-            import wandb
-
-            self._wandb.log({name: wandb.Table(columns=list[Any](columns), data=list[Any](rows))})
+            self._wandb.table(name, columns, rows)
 
     def image(self, name: str, path: Path) -> None:
         """Log an image file to W&B."""
         if self._wandb:
-            import wandb
-
-            self._wandb.log({name: wandb.Image(str(path))})
+            self._wandb.image(name, path)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -115,7 +123,7 @@ class Tracker:
         if self.file is not None:
             self.file.close()
         if self._wandb:
-            self._wandb.finish(exit_code=0 if exc_type is None else 1)
+            self._wandb.finish(failed=exc_type is not None)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -140,45 +148,3 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def _finite(value: float) -> float | None:
     """Return the value, or None for NaN and infinities, which are not JSON."""
     return value if not isinstance(value, float) or math.isfinite(value) else None
-
-
-def _init_wandb(config: Config, run_id: str, stage: str) -> Any:
-    mode = config.wandb.mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-    if mode == "disabled":
-        return None
-    import wandb
-
-    folder = Path(config.output_dir) / "wandb"
-    folder.mkdir(parents=True, exist_ok=True)
-    # W&B would keep these in the user's home, which the nodes of a cluster need not share
-    for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        os.environ.setdefault(variable, str(folder.absolute() / ".cache"))
-    run = wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        dir=str(folder.parent),
-        mode=mode,  # pyright: ignore[reportArgumentType]
-        group=f"{folder.parent.name}-{run_id}",
-        job_type=stage,
-        name=f"{folder.parent.name}/{stage}",
-        id=f"{run_id}-{stage}",
-        resume="allow",
-        config=asdict(config),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run
-
-
-def _logged_in() -> bool:
-    """Tell whether W&B would find a key in the environment or in `~/.netrc`. The key itself is not used."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
-
-    try:
-        hosts = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any("wandb" in host for host in hosts)

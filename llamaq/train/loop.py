@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from llamaq.data.batches import Batch, SampleOrder, check_ranks, micro_batch_siz
 from llamaq.errors import UserError
 from llamaq.model.build import pick_device
 from llamaq.model.causal_lm import CausalLM
+from llamaq.runs import signals
 from llamaq.runs.manifest import CHECKPOINTS
 from llamaq.runs.ranks import rank, say, world_size
 from llamaq.runs.run import Session
@@ -72,6 +73,11 @@ def train(
     stage, device = session.stage, pick_device(c.device)
     steps, checkpoints = total_steps(training, len(samples)), session.folder / CHECKPOINTS
     check_ranks(training, stage, world_size())
+    if training.warmup_steps >= steps:
+        say(
+            f"{stage}: warning: its warm-up has {training.warmup_steps} steps (lr_scheduler.num_warmup_steps), and it "
+            f"ends after {steps}, before its learning rate is reached; lower it"
+        )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(c.seed)
@@ -86,23 +92,28 @@ def train(
     del found  # its files are mapped, and a network file system cannot drop the folder of a file that is
     order = SampleOrder(len(samples), c.seed)
     last: dict[str, float] = {}
-    with session.tracker(done) as tracker, progress(range(done + 1, steps + 1), stage, steps, done, "step") as bar:
+    with (
+        signals.deferred(),
+        session.tracker(done) as tracker,
+        progress(range(done + 1, steps + 1), stage, steps, done, "step") as bar,
+    ):
         for step in bar:
             start = time.perf_counter()
             batches = [objective.collate(s) for s in _my_share(samples, order, step, training)]
-            metrics, warned = one_step(engine, objective, batches, training, device, session.hooks.due())
+            metrics, warned = one_step(engine, objective, batches, training, device, session.hooks.due)
             if step == done + 1:
                 engine.state()  # an optimizer that cannot be resumed is refused now, not at the first checkpoint
             last = metrics | _speed(metrics.pop("tokens_read"), time.perf_counter() - start, device)
             tracker.log(step, last)
             bar.set_postfix(loss=f"{last['loss']:.4f}", tokens_s=f"{last['tokens_per_second']:.0f}", refresh=False)
             in_time = warned and session.hooks.preempted()
-            if (in_time or step % training.checkpoint_every_n_steps == 0) and step < steps:
+            if in_time or (step % training.checkpoint_every_n_steps == 0 and step < steps):
                 resume.save(checkpoints, step, *engine.state(), keep=training.keep_checkpoints)
                 session.hooks.checkpointed(stage, step, last)
                 if in_time:
                     say(f"{stage}: checkpoint of step {step} written just in time")
-        tracker.summary({"final_loss": last.get("loss")})
+        if last:
+            tracker.summary({"final_loss": last["loss"]})
     weights = {name.removeprefix("decoder."): w for name, w in engine.weights().items()}
     engine.close()
     rows = read_metrics(session.folder / METRICS) if rank() == 0 else []
@@ -129,7 +140,7 @@ def one_step(
     batches: list[Batch],
     training: TrainingConfig,
     device: torch.device,
-    due: bool = False,
+    due: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], bool]:
     """Run forward, backward and update over this rank's micro-batches; metrics are means over the global batch.
 
@@ -142,14 +153,14 @@ def one_step(
         batches: this rank's; at least one.
         training: the stage's settings.
         device: to compute on.
-        due: whether this rank wants something done after the step.
+        due: tells whether this rank wants something done after the step; asked late in it.
 
     Returns:
         Metrics, and whether any rank is `due`.
     """
     passes = num_micro_batches(training, world_size())
-    counts = [sum(objective.count(b) for b in batches), sum(b["tokens"].numel() for b in batches), int(due)]
-    count, tokens, any_due = _sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
+    counts = [sum(objective.count(b) for b in batches), sum(b["tokens"].numel() for b in batches)]
+    count, tokens = _sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
     if count == 0:
         raise UserError("no sample of this batch has a token to learn from; raise tokenizer.max_seq_len")
     totals: dict[str, Tensor] = {}
@@ -160,8 +171,9 @@ def one_step(
         engine.backward(loss / count if mine else loss * 0.0)
         if mine:
             totals = {k: totals.get(k, 0) + v.double() for k, v in sums.items()}
-    means = _sum_over_ranks(torch.stack(list(totals.values()))) / count
-    metrics = dict(zip(totals, means.tolist(), strict=True))
+    asked = torch.tensor(float(due()), dtype=torch.float64, device=device)
+    *sums, any_due = _sum_over_ranks(torch.stack([*totals.values(), asked])).tolist()
+    metrics = {name: total / count for name, total in zip(totals, sums, strict=True)}
     if not math.isfinite(metrics["loss"]):
         raise UserError(f"the loss is {metrics['loss']}: training diverged; lower the learning rate")
     return metrics | engine.step() | {f"{objective.unit}s": count, "tokens_read": tokens}, any_due > 0

@@ -66,7 +66,7 @@ def side_by_side(folder: Path, steps: int, ray_core: int, torchrun_core: int) ->
     Returns:
         Ray's step times in seconds, torchrun's, and how many cores Ray's daemons used meanwhile.
     """
-    common = ["--config", "tiny", "wandb.mode=disabled", "base.max_steps=4", "base.batch_size=8"]
+    common = ["--config", "tiny", "wandb.mode=disabled", "base.max_steps=4", "base.batch_size=8", "~base.lr_scheduler"]
     common += ["qat.batch_size=8", "qat.epochs=99", "qat.checkpoint_every_n_steps=50"]
     ours, theirs = folder / "ray", folder / "torchrun"
     cluster = Cluster(2, {name: "" for name in TEST_SETTINGS})

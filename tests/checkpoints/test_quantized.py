@@ -12,7 +12,7 @@ from torchtune.models.convert_weights import hf_to_tune
 from llamaq.checkpoints.hugging_face import hf_rows
 from llamaq.checkpoints.load import load_checkpoint
 from llamaq.checkpoints.meta import ffn_params, model_params, save_float
-from llamaq.checkpoints.peft import save_peft
+from llamaq.checkpoints.peft import save_peft, with_adapters
 from llamaq.checkpoints.quantized import load_quantized, save_quantized
 from llamaq.config import ExportConfig
 from llamaq.errors import UserError
@@ -131,6 +131,17 @@ def test_ffn_params_reproduce_the_width(dim, hidden):
 def test_an_unknown_rope_scaling_is_refused():
     with pytest.raises(UserError, match="scale_factor=8"):
         model_params(build_model(MODEL | {"scale_factor": 8}, None, Scheme()).decoder)
+
+
+def test_a_method_s_checkpoint_is_written_again_where_an_interrupted_export_left_half_of_it(exported, tmp_path):
+    folder, _, frozen = exported
+    save_peft(tmp_path / "adapter", frozen.decoder, *ADAPTERS)
+    whole = tensors_of(with_adapters(folder, tmp_path / "adapter", tmp_path / "whole"))
+    (tmp_path / "methods" / "other").mkdir(parents=True)
+    (tmp_path / "methods" / "other" / "consolidated.00.pth").write_bytes(b"half of it")
+    again = tensors_of(with_adapters(folder, tmp_path / "adapter", tmp_path / "methods" / "other"))
+    assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
+    assert (tmp_path / "methods/other/params.json").read_text() == (folder / "params.json").read_text()
 
 
 def test_peft_adapters_act_on_the_hugging_face_weights_as_ours_on_metas(tmp_path):

@@ -19,6 +19,7 @@ STEPS, EVERY = 60, 5
 
 def settings(folder: Path, *overrides: str) -> list[str]:
     sizes = [f"qat.max_steps={STEPS}", "qat.epochs=20", f"qat.checkpoint_every_n_steps={EVERY}"]
+    sizes += ["qat.lr_scheduler.num_warmup_steps=10"]
     return ["--config", "tiny", *SMALL, *sizes, "qat.optimizer.lr=1e-4", f"output_dir={folder}", *overrides]
 
 

@@ -80,6 +80,30 @@ def test_ray_refuses_an_unknown_key_in_the_launchers_file(path, key):
         validated(changed(read(LAUNCHER), path, key, value=[]))
 
 
+def test_nodes_of_gpus_meet_over_efa():
+    prepared = validated(read(LAUNCHER))
+    gpu = at(prepared, "available_node_types.gpu.node_config")
+    # what Ray's _configure_subnets_and_groups_from_network_interfaces refuses
+    assert not {"SubnetId", "SubnetIds", "SecurityGroupIds"} & gpu.keys()
+    interfaces = gpu["NetworkInterfaces"]
+    assert all(i["SubnetId"] and i["Groups"] and i["InterfaceType"] == "efa" for i in interfaces)
+    assert len(interfaces) == 1 or not any(i.get("AssociatePublicIpAddress") for i in interfaces)
+    options = prepared["docker"]["worker_run_options"]
+    devices = [o for o in options if o.startswith("--device=/dev/infiniband/uverbs")]
+    assert len(devices) == len(interfaces) and "--ulimit memlock=-1" in options
+    installed = " ".join(prepared["worker_setup_commands"])
+    assert all(flag in installed for flag in ("--skip-kmod", "--skip-limit-conf", "--no-verify"))
+    assert "/opt/amazon/ofi-nccl/lib" in prepared["worker_start_ray_commands"][-1]
+
+
+def test_every_id_of_the_launcher_is_replaced_by_a_command_of_the_docs():
+    kinds = set(re.findall(r"\b(\w+)-REPLACE_ME", LAUNCHER.read_text()))
+    guide = (ROOT / "docs/cluster.md").read_text()
+    assert kinds == {"ami", "sg", "subnet", "fs"} and kinds == set(re.findall(r"s/(\w+)-REPLACE_ME/\$", guide))
+    # sed without g replaces the first of a line only
+    assert not [line for line in LAUNCHER.read_text().splitlines()[8:] if line.count("REPLACE_ME") > 1]
+
+
 def test_the_launchers_commands_are_shell_and_what_it_sends_is_there():
     prepared = validated(read(LAUNCHER))
     commands = [c for key, value in prepared.items() if key.endswith("_commands") for c in value]

@@ -1,10 +1,13 @@
-"""Answer a prompt with ExecuTorch's own runner: run_with_runner.py MODEL.pte TOKENIZER PROMPT NEW_TOKENS [--warmup]
+"""Answer a prompt with ExecuTorch's own runner: run_with_runner.py MODEL.pte TOKENIZER PROMPT NEW_TOKENS [OPTION]
+
+--warmup runs once before; --pieces adds no token to the prompt, and prints `PIECES […]`, the text of each new token.
 
 Its Python package asks for `transformers`, which nothing here needs, so its extension module is loaded directly. It
 prints as the runner for phones does: what it read and wrote, and a `PyTorchObserver {…}` line.
 """
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -21,11 +24,14 @@ runner = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runner)
 config = runner.GenerationConfig()
 config.max_new_tokens, config.temperature, config.echo = int(new_tokens), 0.0, False
-config.num_bos = 1
+config.num_bos = 0 if "--pieces" in sys.argv else 1
 text = runner.TextLLMRunner(model, tokenizer)
 if "--warmup" in sys.argv:
     config.warming = True
     text.generate(prompt, config, None, None)
     text.reset()
     config.warming = False
-text.generate(prompt, config, None, None)
+pieces: list[str] = []
+text.generate(prompt, config, pieces.append if "--pieces" in sys.argv else None, None)
+if "--pieces" in sys.argv:
+    print(f"\nPIECES {json.dumps(pieces)}")

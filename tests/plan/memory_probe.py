@@ -43,7 +43,7 @@ def main() -> None:
     else:
         objective, batches = SFT(0), [{"tokens": tokens, "labels": tokens}]
     for _ in range(2):
-        one_step(engine, objective, batches, training, device, False)
+        one_step(engine, objective, batches, training, device)
     parts = stage_bytes(shape_of(c.model), training, c, seq_len, kind)
     print(json.dumps({"measured": memory("VmHWM") - before, "planned": sum(parts.values()), "parts": parts}))
 

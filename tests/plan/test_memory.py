@@ -12,7 +12,8 @@ import pytest
 
 from llamaq.config import load
 from llamaq.model.shape import shape_of
-from llamaq.plan.memory import GIB, Requirement, disk_bytes, export_bytes, phone_bytes, stage_bytes, state_plan
+from llamaq.plan.disk import disk_bytes
+from llamaq.plan.memory import GIB, Requirement, export_bytes, phone_bytes, stage_bytes, state_plan
 
 WEIGHTS = {"1B": 1_235_814_400, "3B": 3_212_749_824}  # as published, the tied matrix counted once
 

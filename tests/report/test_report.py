@@ -92,10 +92,9 @@ def written(run: Run, stages: dict[str, Any], codes: str, kind: str) -> None:
         run.stage(stage, build)
 
 
-@pytest.fixture
-def chain(tmp_path) -> tuple[Run, Models, list[str]]:
+def chain_run(folder: Path, *settings: str) -> tuple[Run, Models, list[str]]:
     """A run of the chain with all its stages, its models, and what was measured."""
-    run = Run(small(tmp_path / "run"))
+    run = Run(small(folder, *settings))
     measured = measured_metrics("final")
     dpo = {"rewards/margin": 0.0}
     stages = {
@@ -126,6 +125,11 @@ def chain(tmp_path) -> tuple[Run, Models, list[str]]:
     return run, Models({}, "final", "convert"), list(measured)
 
 
+@pytest.fixture
+def chain(tmp_path) -> tuple[Run, Models, list[str]]:
+    return chain_run(tmp_path / "run")
+
+
 def test_report_of_a_chain(chain, capsys):
     run, models, measured = chain
     folder = report_chain(run, models, measured)
@@ -153,6 +157,7 @@ def test_report_of_a_chain(chain, capsys):
     assert set(facts["stages"]) == {"qat", "qat_lora", "qat_dpo", "convert", "export", "answer", "evaluate", *measured}
     assert facts["files"]["adapters for PEFT"] == f"{run.folder}/convert/adapter"
     card = (run.folder / "README.md").read_text()
+    assert "base_model" not in card  # it was trained here
     assert MARK in card and "--checkpoint convert/model/consolidated.00.pth" in card and "-lora 16" in card
     assert '"get_bos_id": 7' in card and "| qat_dpo | AdamW, lr 0.001, global batch 8, at most 6 steps" in card
     assert ".png" not in card
@@ -176,9 +181,10 @@ def test_report_needs_its_stages(tmp_path):
         report_chain(run, Models({}, "final", "convert"), [])
 
 
-def test_report_of_spinquant(tmp_path):
+def spinquant_run(folder: Path) -> tuple[Run, Models, dict[str, Any]]:
+    """A SpinQuant run with all its stages, its models, and the stages' metrics."""
     settings = [s for s in SMALL if not s.startswith("qat")]
-    run = Run(load("tiny_spinquant", [*settings, f"output_dir={tmp_path}/run"]))
+    run = Run(load("tiny_spinquant", [*settings, f"output_dir={folder}"]))
     layers = [{"name": f"layers.{i}.mlp.w1", "nearest": 0.2, "rounded": 0.1} for i in (0, 0, 1)]
     peaks = {"weights of a group": [3.0, 4.0]}
     candidate = {
@@ -205,7 +211,11 @@ def test_report_of_spinquant(tmp_path):
         **measured_metrics("spinquant"),
     }
     written(run, stages, "spinquant", "spinquant")
-    models = Models({}, "spinquant", "spinquant", context=1)
+    return run, Models({}, "spinquant", "spinquant", context=1), stages
+
+
+def test_report_of_spinquant(tmp_path):
+    run, models, stages = spinquant_run(tmp_path / "run")
     folder = report_spinquant(run, models, ["none", "r4"], ["files", "speed"])
     page = (folder / "report.md").read_text()
     assert "ships **r4**" in page and "It was forced" in page and "wins back **0.80**" in page

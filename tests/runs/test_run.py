@@ -189,6 +189,65 @@ def test_what_a_failed_attempt_with_other_settings_left_is_not_used(run):
     assert seen == [False]
 
 
+def interrupted(run: Run, settings: dict) -> Path:
+    """Begin a training stage that writes two checkpoints and a row of numbers, and dies."""
+
+    def build(folder: Path):
+        for step in (2, 4):
+            (folder / f"checkpoints/step_{step}").mkdir(parents=True)
+            (folder / f"checkpoints/step_{step}/rank_00000.safetensors").write_bytes(bytes(3 * 2**20))
+        (folder / "metrics.jsonl").write_text("a row")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        run.stage("a", build, settings)
+    return run.folder / "a.partial"
+
+
+def test_checkpoints_that_fit_no_settings_are_deleted_and_the_rest_is_kept(run, capsys):
+    interrupted(run, {"lr": 1})
+    run.stage("a", write("two"), {"lr": 2})
+    said = capsys.readouterr().out
+    assert "a.partial: begun with other settings; deleting its checkpoints (6.0 MiB)" in said
+    assert "nothing reads superseded/ (" in said and "you can delete it" in said
+    [old] = (run.folder / "superseded").iterdir()
+    assert old.name.startswith("a.partial-") and (old / "metrics.jsonl").read_text() == "a row"
+    assert not (old / "checkpoints").exists()
+
+
+def test_checkpoints_that_can_be_resumed_are_not_deleted(run):
+    partial = interrupted(run, {"lr": 1})
+    run.stage("b", write("b"), {})  # another stage
+    seen = []
+    run.stage("a", lambda folder: seen.extend(p.name for p in folder.glob("checkpoints/*")), {"lr": 1})
+    assert sorted(seen) == ["step_2", "step_4"] and not (run.folder / "superseded").exists()
+    partial = interrupted(run, {"lr": 2})
+    run.stage("a", write("one"), {"lr": 1})  # up to date: the attempt at lr=2 can still go on
+    assert len(list(partial.glob("checkpoints/*"))) == 2
+
+
+def test_what_replaced_folders_hold_is_said(run, capsys):
+    run.stage("a", lambda folder: (folder / "large").write_bytes(bytes(5 * 2**20)) and None, {"lr": 1})
+    run.stage("a", write("two"), {"lr": 2})
+    assert "nothing reads superseded/ (5.0 MiB), and you can delete it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left", ["manifest.json.tmp", "started.json.tmp"])
+def test_a_stage_killed_while_it_wrote_about_itself_is_whole_afterwards(run, left):
+    def dies(folder: Path):
+        (folder / "out.txt").write_text("half")
+        (folder / left).write_text("{")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        run.stage("a", dies, {"x": 1})
+    folder = run.stage("a", write("whole"), {"x": 1})
+    assert list(read_manifest(folder)["files"]) == ["out.txt"]
+    again = reopened(run)
+    assert again.need("a") == folder
+    again.close()
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
 def test_damage_is_noticed_and_named(run, damage):
     run.stage("a", write("some content"), {})
@@ -219,6 +278,7 @@ def test_two_processes_cannot_write_one_run(run):
 
 
 def test_the_folder_of_another_run_is_refused(run):
+    run.stage("a", write("a"), {})
     run.close()
     with pytest.raises(UserError, match=r"holds another run.*choose another output_dir"):
         Run(small(run.folder, "model.num_layers=2"))
@@ -256,7 +316,7 @@ def test_a_full_disk_is_named_with_what_to_do():
 def test_the_manifest_says_what_made_the_stage(run):
     run.stage("a", write("x"), only(run.config, "qat.optimizer", "scheme"))
     manifest = read_manifest(run.folder / "a")
-    assert manifest["settings"]["qat"]["optimizer"]["lr"] == 1e-3
+    assert manifest["settings"]["qat"]["optimizer"]["lr"] == 5e-4
     assert manifest["identity"]["settings"]["scheme"]["group_size"] == 32
     assert manifest["packages"]["torchtune"] == "0.6.1"
     assert verify(run.folder / "a") == manifest

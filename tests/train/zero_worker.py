@@ -41,6 +41,7 @@ def main(folder: Path, stop_after: int, overrides: list[str]) -> None:
     names = ("qat", "qat_lora", "qat_dpo")
     sizes = [f"{s}.{k}" for s in names for k in (f"max_steps={STEPS}", "epochs=9", "checkpoint_every_n_steps=8")]
     lr = ["qat.optimizer.lr=1e-4", "qat_lora.optimizer.lr=2e-3", "qat_dpo.optimizer.lr=1e-5"]
+    lr += [f"{s}.lr_scheduler.num_warmup_steps=10" for s in ("qat", "qat_lora")]
     config = small(folder / "run", "model.num_layers=2", *sizes, *lr, *overrides)
     join_process_group(config)
     run = Run(config)

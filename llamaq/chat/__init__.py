@@ -1,0 +1,1 @@
+"""Talk to a model: conversations through a KV cache, and the terminal."""

@@ -1,0 +1,159 @@
+"""The stage `bundle`: all an app needs to run what ships, in one folder that can be copied or uploaded as it is."""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from llamaq.config import Config
+from llamaq.config.view import only
+from llamaq.data.tokenizer import tokenizer_of
+from llamaq.export.bundle_tokenizer import is_tiktoken, write_tokenizer
+from llamaq.model.shape import shape_of
+from llamaq.runs.files import sha256_file
+from llamaq.runs.ranks import from_rank_zero, on_rank_zero, say
+from llamaq.runs.run import Run
+
+MODEL, CARD, SUMS = "model.pte", "README.md", "SHA256SUMS"
+LICENCES = ("LICENSE*", "USE_POLICY*", "NOTICE*")  # of the checkpoint; whoever passes its weights on passes them on
+
+
+def bundle(run: Run) -> Path:
+    """Collect the exported file, its tokenizer, settings, card and checksums; return the stage's folder."""
+    c = only(run.config, "tokenizer", "model", "export.chat", "export.max_seq_length", "export.max_context_length")
+    exported, card = run.need("export", made_by="tune run export_executorch"), run.folder / CARD
+    licences = from_rank_zero(lambda: licences_of(c))
+
+    def build(folder: Path) -> dict[str, Any]:
+        metrics = run.metrics("export")
+        link_or_copy(exported / MODEL, folder / MODEL)
+        tokenizer_files = write_tokenizer_files(c, folder)
+        settings = generation_config(c, tokenizer_of(c), metrics["metadata"])
+        (folder / "generation_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        # in a run's folder the model lies in export/, here beside the card
+        text = card.read_text(encoding="utf-8").replace("export/model.pte", MODEL)
+        (folder / CARD).write_text(text, encoding="utf-8")
+        (folder / "HOWTO.md").write_text(howto(tokenizer_files, settings, c.export.chat), encoding="utf-8")
+        for path in licences:
+            shutil.copyfile(path, folder / path.name)
+        write_sums(folder, {MODEL: metrics["sha256"]})
+        say(f"files for apps: {folder.with_name('bundle')}")
+        return {"model": metrics["sha256"]}
+
+    return run.stage("bundle", on_rank_zero(build), c, [exported, card, *licences])
+
+
+def licences_of(c: Config) -> list[Path]:
+    """Return the licence files that came with the checkpoint."""
+    folder = Path(c.checkpoint_dir or "")
+    if not c.checkpoint_dir or not folder.is_dir():
+        return []
+    return sorted(p for pattern in LICENCES for p in folder.glob(pattern) if p.is_file())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, which costs no space, or copy it where the file system has no hard links."""
+    target.unlink(missing_ok=True)  # an interrupted attempt left it
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return
+    shutil.copyfile(source, target)
+
+
+def write_tokenizer_files(c: Config, folder: Path) -> list[str]:
+    """Write the tokenizer in every form there is of it; return the files' names, best known first."""
+    tokenizer, names = tokenizer_of(c), []
+    if c.tokenizer.get("path"):
+        shutil.copyfile(c.tokenizer["path"], folder / "tokenizer.model")
+        names.append("tokenizer.model")
+    if is_tiktoken(tokenizer):
+        write_tokenizer(tokenizer, shape_of(c.model).vocab, c.export.max_context_length, c.export.chat, folder)
+        names += ["tokenizer.json", "tokenizer_config.json", "special_tokens.json"]
+    return names
+
+
+def generation_config(c: Config, tokenizer: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return how to generate: Hugging Face's names, and the lengths that the file was exported for."""
+    return {
+        "bos_token_id": metadata["get_bos_id"],
+        "eos_token_id": metadata["get_eos_ids"],
+        "pad_token_id": tokenizer.pad_id,
+        "do_sample": False,
+        "max_length": c.export.max_context_length,
+        "max_tokens_per_call": c.export.max_seq_length,
+    }
+
+
+def write_sums(folder: Path, known: dict[str, str]) -> None:
+    """Write the SHA-256 of every file, as `sha256sum -c` reads them; `known` are those that need no reading."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in (SUMS, "started.json"))
+    lines = [f"{known.get(name) or sha256_file(folder / name)}  {name}\n" for name in names]
+    (folder / SUMS).write_text("".join(lines))
+
+
+HOWTO = """# Which app takes which file
+
+| app | files |
+| --- | --- |
+| react-native-executorch (`useLLM`) | `model.pte`, `tokenizer.json`, `tokenizer_config.json` |
+| ExecuTorch's LLM demo app for Android | `model.pte`, `{tokenizer}` |
+| ExecuTorch's LLM demo app for iOS | `model.pte`, `{tokenizer}` |
+| `llama_main`, ExecuTorch's runner | `model.pte`, `{tokenizer}` |
+| a program of yours on ExecuTorch's `TextLLMRunner` | `model.pte`, `{tokenizer}` |
+
+- The model holds {max_length:,} tokens, prompt and answer together.
+- It reads up to {max_tokens_per_call:,} tokens per call. The runners split longer prompts themselves.
+- An answer ends at one of the ids {stops}.
+- `generation_config.json` has these numbers, and so has `model.pte`.
+
+Check what you copied: `sha256sum -c SHA256SUMS`.
+
+## react-native-executorch
+
+```ts
+const llm = useLLM({{
+  model: {{
+    modelSource: require('./assets/model.pte'),
+    tokenizerSource: require('./assets/tokenizer.json'),
+    tokenizerConfigSource: require('./assets/tokenizer_config.json'),
+  }},
+}});
+```
+
+The chat template is in `tokenizer_config.json`. It begins with the beginning-of-text token.
+
+## Android demo app
+
+```bash
+adb shell mkdir -p /data/local/tmp/llama
+adb push model.pte {tokenizer} /data/local/tmp/llama/
+```
+
+In the app's settings choose both files and the model type Llama 3.
+
+## iOS demo app
+
+Drag `model.pte` and `{tokenizer}` into the app's folder in Finder, then choose them in the app.
+
+## llama_main
+
+```bash
+adb push llama_main model.pte {tokenizer} /data/local/tmp/llama/
+adb shell "cd /data/local/tmp/llama && ./llama_main --model_path model.pte --tokenizer_path {tokenizer} \\
+    --temperature 0 --prompt '{prompt}'"
+```
+
+The prompt has its beginning-of-text token written out, because not every version of `llama_main` adds one.
+`tokenizer.model` and `tokenizer.json` give the same ids, and both recognise special tokens in a prompt.
+"""
+
+
+def howto(tokenizer_files: list[str], settings: dict[str, Any], chat: bool) -> str:
+    """Say which app takes which file."""
+    stops = ", ".join(map(str, settings["eos_token_id"]))
+    tokenizer = tokenizer_files[0] if tokenizer_files else "the tokenizer"
+    turn = "<|start_header_id|>user<|end_header_id|>\n\n…<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    prompt = "<|begin_of_text|>" + (turn if chat else "…")
+    return HOWTO.format(tokenizer=tokenizer, stops=stops, prompt=prompt, **settings)

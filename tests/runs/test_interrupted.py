@@ -1,0 +1,131 @@
+"""Every stage copes with what an interrupted attempt left in its folder, whichever file it was writing."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small
+
+from llamaq.checkpoints import tensors
+from llamaq.recipes.export_executorch import convert, export
+from llamaq.recipes.qat import base, corpus, qat
+from llamaq.recipes.qat_lora import qat_lora
+from llamaq.runs.run import Run
+
+pytestmark = pytest.mark.slow
+WRITES = os.O_WRONLY | os.O_RDWR
+CHANGES = ("os.mkdir", "os.rename", "os.rmdir", "os.remove")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in llamaq catches it."""
+
+
+class Killer:
+    """Ends an attempt at its n-th change of a file or folder below a `.partial` folder."""
+
+    def __init__(self):
+        self.left: int | None = None  # changes until then; None: never
+        self.only = ""  # counts changes that this is a part of, e.g. "open .../model.pte"
+        sys.addaudithook(self._hook)
+
+    def __call__(self, event: str, path: str | Path) -> None:
+        """Count a change; raise if it is the one."""
+        if self.left is None or ".partial" not in str(path) or self.only not in f"{event} {path}":
+            return
+        self.left -= 1
+        if self.left < 0:
+            self.left = None
+            raise Killed(path)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES):
+            self(event, str(arguments[0]))
+
+
+KILLER = Killer()  # an audit hook stays for good; it does nothing unless `left` is set
+
+
+@pytest.fixture
+def killer(monkeypatch):
+    """Return the killer, which also cuts off the files that C++ and Rust write: half of each is there."""
+
+    def cut(save: Callable[..., None]) -> Callable[..., None]:
+        def saving(state: Any, path: Path, *args: Any) -> None:
+            try:
+                KILLER("open", path)
+            except Killed:
+                save(state, path, *args)
+                os.truncate(path, path.stat().st_size // 2)
+                raise
+            save(state, path, *args)
+
+        return saving
+
+    monkeypatch.setattr(torch, "save", cut(torch.save))
+    monkeypatch.setattr(tensors, "save_file", cut(tensors.save_file))
+    yield KILLER
+    KILLER.left, KILLER.only = None, ""
+
+
+def killed_everywhere(killer: Killer, stage: Callable[[], Path]) -> tuple[Path, int]:
+    """Run a stage to its end in one folder, after attempts that ended at their first, second … change."""
+    for n in range(100):
+        killer.left = n
+        try:
+            folder = stage()
+        except Killed:
+            continue
+        killer.left = None
+        return folder, n
+    raise AssertionError("it never ended")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return what a stage left, without what says when."""
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "manifest.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run = Run(small(folder, "export.stage=qat_lora"))
+    corpus(run)
+    base(run)
+    qat(run)
+    qat_lora(run)
+    convert(run)
+    run.close()
+    return folder
+
+
+def test_convert_resumes_wherever_it_was_killed(trained, killer):
+    run = Run(small(trained, "export.stage=qat_lora"))
+    whole = files_of(trained / "convert")
+    shutil.rmtree(trained / "convert")
+    folder, attempts = killed_everywhere(killer, lambda: convert(run))
+    assert attempts > 8 and files_of(folder) == whole
+    run.close()
+
+
+def test_an_export_with_adapters_resumes_wherever_it_was_killed(trained, killer, tmp_path):
+    shutil.copytree(trained / "convert/adapter", tmp_path / "adapter")
+    run = Run(small(trained, "export.stage=qat_lora", f"export.adapters.other={tmp_path}/adapter"))
+    # its weights, the folder's params, and the exported file, whose method folders then are all there
+    for killer.only in ("other/consolidated.00.pth", "other/params.json", "model.pte"):
+        killer.left = 0
+        with pytest.raises(Killed):
+            export(run)
+    folder = export(run)
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "model.pte"]
+    assert "pte/other" in run.metrics("export")["hand_overs"]
+    run.close()

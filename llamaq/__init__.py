@@ -1,7 +1,7 @@
 """llamaq: QAT → LoRA → DPO → integer codes → ExecuTorch, for Llama 3.2 on Arm phones.
 
-The names below are the Python API, for a notebook or a script without an output folder (docs/python.md); they are
-imported when first used, so that `import llamaq` is quick.
+The names below are the Python API, for a notebook or a script without a run (docs/python.md). They are imported when
+first used, so that `import llamaq` is quick.
 """
 
 import importlib

@@ -28,7 +28,7 @@ WITH_WRONG_NAMES = Path(__file__).parent / "test_docs.py"
 
 FOLDERS = r"(?:llamaq|recipes|cluster|tests|docs|\.ci|\.github)"
 TORCHTUNES_COMMANDS = ("run", "ls", "cp", "cat", "validate", "download")
-# names of other projects that the docs mention as code
+# names of other projects that the docs mention as code: files, classes, options
 THEIR_FILES = {"node_visitor.py"}
 THEIR_CLASSES = {
     "TransformerDecoder",
@@ -39,6 +39,7 @@ THEIR_CLASSES = {
     "OpenAIToMessages",
     "DeepSpeedCPUAdam",
 }
+THEIR_OPTIONS = {"--method_name"}  # of ExecuTorch's llama_main
 PLACEHOLDERS = {"key"}  # as in key=value
 FILE_ENDINGS = {"md", "py", "json", "jsonl", "yaml", "txt", "pte", "pth", "safetensors", "model", "png"}
 
@@ -250,7 +251,8 @@ def check_options(text: str, folder: Path) -> Iterator[str]:
     code = "\n".join(python_files().values()) + (ROOT / "Makefile").read_text()
     for span in spans(text):
         for option in re.findall(r"(?:^|\s)(--[a-z][\w-]+)", span):
-            if option not in code and option.replace("-", "_") not in torchrun_options():
+            known = option in THEIR_OPTIONS or option.replace("-", "_") in torchrun_options()
+            if option not in code and not known:
                 yield f"there is no option {option}"
 
 

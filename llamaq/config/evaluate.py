@@ -20,21 +20,22 @@ class EvaluateConfig:
     `export` use its first tokens."""
 
     batch_size: int = 8
-    """Samples in one forward pass. Lower it if memory runs out; results stay the same."""
+    """Samples in one forward pass. Lower it if memory runs out; results stay the same up to rounding."""
 
     max_samples: int | None = None
     """Held-out samples for loss, KL and agreement. Unset: all. Fewer are quicker and give wider confidence
     intervals."""
 
     models: list[str] | None = None
-    """Models to measure. Names: `bf16` (what the run starts from), `ptq` (that, rounded to nearest), `control`,
-    `ptq_control`, `qat`, `qat_lora`, `final` (after DPO), `spinquant`. A name with `.pte` is the exported file, which
-    is exported if needed, e.g. `[bf16, final, final.pte]`. Unset: all models of the run, and as files `bf16.pte` and
+    """Models to measure, e.g. `[bf16, final, final.pte]`. Names: `bf16` (what the run starts from), `ptq` (that,
+    rounded to nearest), `control`, `ptq_control`, `qat`, `qat_lora`, `final` (after DPO), `spinquant`. A name with
+    `.pte` is the exported file, which is exported if needed. Unset: all models of the run, and as files `bf16.pte` and
     the one that ships."""
 
     control: bool = True
-    """Also train the control: the same stages, not quantized. These are `qat` and `qat_lora`. It shows what the data
-    changes and what quantization costs, and it doubles the training. SpinQuant has no control."""
+    """Also train the BF16 control: `qat` and `qat_lora` without quantization. It shows what the data changes and what
+    quantization costs, and it doubles the training. Without it the report has no share won back. SpinQuant has no
+    control."""
 
     file_tokens: int = 2048
     """Held-out tokens to read through each .pte, at least 1. A file is read one token per call, so this takes long for

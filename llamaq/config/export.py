@@ -10,13 +10,12 @@ class ExportConfig:
     """The .pte file, and the gates it has to pass."""
 
     stage: str = "qat_dpo"
-    """The stage whose model ships: `qat`, `qat_lora` or `qat_dpo`. `qat` has no adapters. `qat_lora` leaves the
-    backbone of `qat` as it is, so other adapters can share it (see `export.adapters`). SpinQuant ignores this."""
+    """The training stage whose model ships: `qat`, `qat_lora` or `qat_dpo`. `qat` has no adapters. `qat_lora` leaves
+    the backbone of `qat` as it is, so other adapters can share it (see `export.adapters`). SpinQuant ignores this."""
 
     max_seq_length: int = 512
     """Tokens the .pte takes in one call, at least 1. Longer prompts take several calls, which ExecuTorch's runner makes
-    by itself. The memory for activations on the phone grows with it (2048: 0.3 GiB more than 512 for 1B with
-    adapters)."""
+    by itself. Memory on the phone grows with it (docs/memory.md)."""
 
     max_context_length: int = 2048
     """Tokens of prompt and answer that fit into the KV cache. At least `max_seq_length`, at most the model's own. The
@@ -37,7 +36,8 @@ class ExportConfig:
     adapters: dict[str, str] = field(default_factory=dict)
     """More adapters on the same backbone: method name → PEFT folder. Each becomes a method of the .pte beside
     `forward`; the backbone is stored once. Example: `export.adapters.sql=runs/1B_sql/convert/adapter`. The adapters
-    must have been trained on the very backbone that is exported."""
+    need the rank of the exported ones and must have been trained on the very backbone that is exported
+    (docs/export.md)."""
 
     baseline_dtype: str = "bf16"
     """Dtype of the full-precision .pte: `bf16` or `fp32`. The .pte that ships is compared with it. On x86 CPUs,
@@ -58,18 +58,18 @@ class ExportConfig:
     `max_context_length`."""
 
     max_relative_error: float = 1e-4
-    """Gate: largest relative error of the logits, 0 or more. It is measured at each step from training to .pte as
-    ‖difference‖ / ‖reference‖ over all tokens, for the .pte as the median token's. Raise it to 5e-2 for 1B and larger
-    models: there some activation of every token lies so close to the border of two int8 levels that the order of float
-    sums decides."""
+    """Gate: largest relative error of the logits, ‖difference‖ / ‖reference‖, 0 or more. For the .pte it is that of the
+    median token, for the steps before it that of all tokens together. Use 5e-2 for 1B and larger models, where rounding
+    changes every token a little (docs/numerics.md, The gates). Another value runs `convert` and `export` again."""
 
     min_top1_agreement: float = 1.0
     """Gate: smallest share of equal top-1 tokens, 0 to 1. A token is equal if the most likely next token is the same
-    before and after the step. Use 0.97 for 1B and larger models, for the reason given under `max_relative_error`."""
+    before and after the step. Use 0.97 for 1B and larger models, as with `max_relative_error`."""
 
     max_kl: float = 1e-3
     """Gate: largest KL of the .pte from the trained model, in nats per token, 0 or more. It is measured on
-    `gate_tokens` as one context, so that it also tests the KV cache. Use 1e-2 for 1B and larger models."""
+    `gate_tokens` as one context, so that it also tests the KV cache. Use 1e-2 for 1B. Deeper models can need more: 30
+    layers had 0.027 (docs/numerics.md, A missed gate)."""
 
     def check(self, name: str) -> None:
         """Check names, lengths, gates and the names of methods."""

@@ -170,6 +170,9 @@ def markdown() -> str:
         " ".join(HOW.split()),
         f"`tune run qat --help` prints these texts in the terminal, and `tune run qat --help export` one section. "
         f"Settings marked with * have a `_component_`. {' '.join(COMPONENTS.split())}",
+        "[Running](running.md#settings-that-change-only-speed-and-memory) lists the settings that cannot change a "
+        "result, and says what runs again after a change. [Export](export.md#lengths) compares the settings for "
+        "lengths.",
     ]
     for group in _groups():
         title = ", ".join(f"`{s.name}`" for s in group) if group[0].name else "The run"

@@ -51,8 +51,9 @@ class AdapterConfig:
     grow with it."""
 
     alpha: float = 32.0
-    """The adapters' output is scaled by alpha / rank. Set it to 2 · rank, because ExecuTorch always scales by 2.
-    Another scale is folded into the adapters, which is exact only for powers of two; others are refused."""
+    """The adapters' output is scaled by alpha / rank. Set alpha to 2 · rank, because ExecuTorch always scales by 2.
+    Another scale is folded into the adapters. That is exact only if alpha / rank is a power of two, so other values
+    are refused."""
 
     def check(self, name: str) -> None:
         """Check what ExecuTorch's loader needs."""
@@ -96,7 +97,7 @@ class Config:
 
     output_dir: str = MISSING
     """Folder of the run. Each stage writes a folder in it. The same command with the same folder resumes the run. The
-    full path must not contain `int8` or `8da4w`."""
+    folder belongs to one model. Its full path must not contain `int8` or `8da4w`."""
 
     data_dir: str | None = None
     """Folder to use in other settings, as `${data_dir}/train.jsonl`. llamaq itself does not read it."""
@@ -106,12 +107,15 @@ class Config:
     (`consolidated.00.pth`) or torchtune. Start from your fine-tuned checkpoint if you have one."""
 
     model: Component = MISSING
-    """The model's shape, e.g. `torchtune.models.llama3_2.llama3_2_1b`. `_component_` is a torchtune builder of a Llama
-    3.2 model. For other shapes use `torchtune.models.llama3_2.llama3_2` with `num_layers`, `embed_dim` and so on."""
+    """The model's shape, e.g. `torchtune.models.llama3_2.llama3_2_1b`. `_component_` is a function that returns a
+    torchtune `TransformerDecoder` of Llama 3.2's form: a head tied to the embedding, no biases. For other sizes use
+    `torchtune.models.llama3_2.llama3_2` with `num_layers`, `embed_dim` and so on. Other families need work
+    (CONTRIBUTING.md)."""
 
     tokenizer: Component = MISSING
-    """The tokenizer, e.g. `torchtune.models.llama3.llama3_tokenizer`. `path` is Meta's `tokenizer.model`; `max_seq_len`
-    is the most tokens of a training sample and the length of calibration windows."""
+    """The tokenizer, e.g. `torchtune.models.llama3.llama3_tokenizer`. `path` is Meta's `tokenizer.model`; Hugging
+    Face's `tokenizer.json` is not read. `max_seq_len` is the most tokens of a training sample and the length of
+    calibration windows."""
 
     corpus: Component | None = None
     """A function that makes the data first, e.g. `llamaq.data.corpus.tiny_chat`. It writes data files (and perhaps a
@@ -153,9 +157,8 @@ class Config:
     scales are float32 either way. Use `fp32` on CPUs without bf16 instructions, where bf16 is slow."""
 
     compile: bool = False
-    """Compile each transformer block with `torch.compile`. Steps are faster after about a minute of compiling, but a
-    compiled block skips the rounding of scales to bf16 and so trains another quantizer than the one that ships
-    (docs/numerics.md). Leave it off if quality matters."""
+    """Compile each transformer block with `torch.compile`. Steps are faster after about a minute of compiling, but what
+    trains is not quite what ships. Leave it off if quality matters (docs/numerics.md, Known limit)."""
 
     activation_checkpointing: bool = False
     """Recompute the blocks in the backward pass to save memory. Steps take a third longer."""

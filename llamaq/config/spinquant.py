@@ -41,14 +41,15 @@ class SpinQuantConfig:
     parts, beyond the windows of `num_samples`, so no candidate has seen them."""
 
     batch_size: int = 8
-    """Windows in one forward pass. Lower it if memory runs out. Results depend on it a little: it is also the batch of
-    each step of `objective: published`, of refining and of polishing."""
+    """Windows in one forward pass. Lower it if memory runs out. Results depend on it a little: it decides how
+    calibration draws its labels, and it is the batch of each step of `objective: published`, of refining and of
+    polishing."""
 
     candidates: list[str] = field(default_factory=lambda: list(CANDIDATES))
     """Rotations to try: `none`, `r4`, `r2_r4`, `r1_r2_r4`. R1 rotates the residual stream, R2 the values of each head;
-    both are learned and merged into the weights. R4 is a Hadamard transform before `down_proj`, computed while the
-    model runs. The candidate with the lowest KL from the BF16 model ships. `none` has to be among them unless `force`
-    is set."""
+    both are learned and merged into the weights. R4 is a fixed Hadamard transform before `down_proj`, computed while
+    the model runs. The candidate with the lowest KL from the BF16 model ships. `none` has to be among them unless
+    `force` is set."""
 
     num_seeds: int = 1
     """Random starts of each learned candidate, 1 to 1000. Learned are those with R1 or R2. Each start is a candidate

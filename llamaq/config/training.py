@@ -18,9 +18,8 @@ class TrainingConfig:
 
     dataset: Component = MISSING
     """The training data, e.g. `torchtune.datasets.chat_dataset`. For `qat_dpo` it is pairs, e.g.
-    `torchtune.datasets.preference_dataset`. `_component_` is a torchtune dataset builder, called with the tokenizer;
-    its arguments stand beside it: `source: json` and `data_files` for files of your own, `packed: true` to fill
-    sequences up with several samples. Samples longer than `tokenizer.max_seq_len` are cut."""
+    `torchtune.datasets.preference_dataset`. `_component_` is a torchtune dataset builder, called with the tokenizer
+    (docs/data.md). Samples longer than `tokenizer.max_seq_len` are cut."""
 
     optimizer: Component = MISSING
     """The optimizer, e.g. `torch.optim.AdamW` with `lr: 1.0e-5`. `_component_` is a `torch.optim.Optimizer`, called
@@ -35,14 +34,15 @@ class TrainingConfig:
     have more steps than the warm-up."""
 
     batch_size: int = 1
-    """Sequences in one forward pass of one rank, in `qat_dpo` pairs. Lower it if memory runs out, raise it for speed:
-    results stay the same up to the order of float sums, because `global_batch_size` stays the same. A rank uses less
-    where `global_batch_size` divided by the number of ranks is less."""
+    """Sequences in one forward pass of one rank. In `qat_dpo` it counts pairs of two sequences. Lower it if memory runs
+    out, raise it for speed: results stay the same up to rounding, because `global_batch_size` stays the same. If
+    `global_batch_size` divided by the number of ranks is less, that is used. In `qat_dpo`, another value computes the
+    stage `reference` again."""
 
     global_batch_size: int = 16
     """Sequences (or pairs) per optimizer step, over all ranks, at most 1048576. It has to be a multiple of `batch_size`
-    and at least the number of ranks. Gradients are accumulated as needed, so any number of ranks gives the same
-    losses."""
+    and at least the number of ranks. Gradients are accumulated as needed, so any number of ranks gives the same losses
+    up to rounding."""
 
     epochs: int = 1
     """Passes over the dataset, at least 1. Each pass has a new order, drawn from `seed`."""
@@ -60,7 +60,7 @@ class TrainingConfig:
     bytes per trained parameter with Adam."""
 
     keep_checkpoints: int = 2
-    """How many checkpoints to keep on disk; older ones are deleted. All are deleted when the stage is done."""
+    """How many checkpoints to keep on disk. Older ones are deleted, and all of them when the stage is finished."""
 
     distill_weight: float = 0.0
     """Weight of distillation from the BF16 model, 0 to 1. The loss is (1 − w) · cross-entropy + w · KL(BF16 model ‖

@@ -19,10 +19,10 @@ TYPED = ["yes", "no", "On", "007", "1e3", "0x1F", "1_000", "2024-01-01", "12:30"
 
 @pytest.mark.parametrize("text", TYPED)
 def test_text_is_what_was_typed(text):
-    settings = ("output_dir", "checkpoint_dir", "export.prompt", "wandb.project", "evaluate.perplexity_text")
+    settings = ("output_dir", "checkpoint_dir", "export.prompt", "evaluate.tasks_dir", "evaluate.perplexity_text")
     config = load("tiny", [f"{setting}={text}" for setting in (*settings, "export.adapters.sql")])
     e = config.evaluate
-    found = config.output_dir, config.checkpoint_dir, config.export.prompt, config.wandb.project, e.perplexity_text
+    found = config.output_dir, config.checkpoint_dir, config.export.prompt, e.tasks_dir, e.perplexity_text
     assert found == (text,) * 5 and config.export.adapters == {"sql": text}
 
 
@@ -45,9 +45,10 @@ def test_lists_of_text_and_what_is_no_text():
 
 
 def test_quotes_references_and_null_mean_what_they_mean_in_yaml():
-    config = load("tiny", ['output_dir="a b"', "export.prompt='it''s: so'", "wandb.entity=null", "wandb.project="])
+    config = load("tiny", ['output_dir="a b"', "export.prompt='it''s: so'", "wandb.entity=null"])
     assert config.output_dir == "a b" and config.export.prompt == "it's: so" and config.wandb.entity is None
-    assert config.tokenizer["path"] == "a b/corpus/tokenizer.model" and config.wandb.project == ""
+    assert config.tokenizer["path"] == "a b/corpus/tokenizer.model"
+    assert load("tiny", ["export.prompt="]).export.prompt == ""
     assert load("tiny", ["export.prompt=run ${seed}"]).export.prompt == "run 0"
     with pytest.raises(UserError, match=r"export\.prompt"):
         load("tiny", ["export.prompt=null"])

@@ -14,13 +14,21 @@ from llamaq.runs.manifest import CHECKPOINTS
 from llamaq.runs.tracking import METRICS, read_metrics
 
 
-def python(code: str, *signals_: int, pause: float = 0.6) -> tuple[int, str, float]:
-    """Run code that prints "ready", send it signals; return status, output and the seconds it took to end."""
+def python(code: str, *signals_: int, lead: float = 0.0, pause: float = 0.6) -> tuple[int, str, float]:
+    """Run code that prints "ready", send it signals; return status, output and the seconds from the first to the end.
+
+    Args:
+        code: to run.
+        signals_: to send.
+        lead: seconds between "ready" and the first signal.
+        pause: seconds between two signals.
+    """
     code = f"import os, time\nfrom llamaq.runs import signals\n{code}"
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(lead)
     begin = time.monotonic()
     for i, s in enumerate(signals_):
         time.sleep(pause if i else 0)
@@ -61,13 +69,15 @@ def test_a_second_ctrl_c_ends_steps_at_once():
 
 
 # C code that lets no handler run: Python's signal handlers wait for the next bytecode
-STUCK = "print('ready'); import hashlib; hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)\n"
+STUCK = "import hashlib; print('ready'); hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)\n"
 
 
 def test_a_process_that_is_stuck_in_c_code_ends_too():
-    status, _, seconds = python(f"signals.GRACE_SECONDS = 1\nwith signals.handled(): {STUCK}", signal.SIGTERM)
+    status, _, seconds = python(f"signals.GRACE_SECONDS = 1\nwith signals.handled(): {STUCK}", signal.SIGTERM, lead=0.5)
     assert status == 143 and 0.9 < seconds < 4
-    status, _, seconds = python(f"with signals.handled(), signals.deferred(): {STUCK}", signal.SIGINT, signal.SIGINT)
+    status, _, seconds = python(
+        f"with signals.handled(), signals.deferred(): {STUCK}", signal.SIGINT, signal.SIGINT, lead=0.5
+    )
     assert status == 130 and seconds < 3
 
 

@@ -17,6 +17,7 @@ import ast
 import contextlib
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def _main() -> None:
         _ray()
         return
     if asked := _help_asked_for(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `tune run qat --help | head` ends without a traceback
         _print_help(*asked)
         return
     if module := OWN_COMMANDS.get(next(iter(sys.argv[1:]), "")):

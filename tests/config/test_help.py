@@ -159,3 +159,9 @@ def test_defaults_can_be_written_as_they_are_shown():
     config = load("tiny", ["qat.max_steps=null", "evaluate.tasks=[]", "evaluate.control=true"])
     assert config.section("qat").max_steps is shown["qat.max_steps"] is None
     assert config.evaluate.tasks == shown["evaluate.tasks"] and config.evaluate.control is shown["evaluate.control"]
+
+
+def test_help_into_a_pipe_that_is_closed_ends_without_a_traceback():
+    command = f"{BIN / 'tune'} run qat --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("Stage 1, QAT") and done.stderr == ""

@@ -8,13 +8,12 @@ from llamaq.config.evaluate import EvaluateConfig
 from llamaq.config.export import ExportConfig
 from llamaq.config.installed import cluster_dir, packaged_configs, recipes_dir
 from llamaq.config.load import check_sections, load, resolve
-from llamaq.config.schema import NOT_IDENTITY, AdapterConfig, Config, SchemeConfig, WandbConfig
+from llamaq.config.schema import AdapterConfig, Config, SchemeConfig, WandbConfig
 from llamaq.config.spinquant import CalibrationPart, SpinQuantConfig
 from llamaq.config.training import DPOConfig, TrainingConfig
 
 __all__ = [
     "DEEPSPEED_SETTINGS",
-    "NOT_IDENTITY",
     "SET_BY_LLAMAQ",
     "AdapterConfig",
     "CalibrationPart",

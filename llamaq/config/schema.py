@@ -180,20 +180,6 @@ class Config:
             raise UserError(f"this recipe needs the section '{name}', and the configuration has none")
         return section
 
-    def training(self, name: str) -> TrainingConfig:  # removed when callers are: section(name)
-        """Return the settings of a training stage."""
-        return self.section(name)
-
-    @property
-    def dpo(self) -> DPOConfig:  # removed when callers are: section("qat_dpo")
-        """Return the settings of the preference stage."""
-        return self.section("qat_dpo")
-
-    @property
-    def rotations(self) -> SpinQuantConfig:  # removed when callers are: section("spinquant")
-        """Return the settings of SpinQuant."""
-        return self.section("spinquant")
-
     def check(self) -> None:
         """Check every setting that can be checked without opening a file of the user's.
 
@@ -238,9 +224,3 @@ class Config:
             f"evaluate.speed_prompt_tokens={e.speed_prompt_tokens} and evaluate.speed_new_tokens={e.speed_new_tokens} "
             f"do not fit into export.max_context_length={room}; lower them, or set evaluate.speed=false",
         )
-
-
-# removed when callers are (llamaq.config.view names these settings by full path)
-NOT_IDENTITY = frozenset(
-    ["batch_size", "checkpoint_every_n_steps", "keep_checkpoints", "device", "compile", "activation_checkpointing"]
-)

@@ -23,6 +23,13 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
+    def interrupt_typing(self, text: str) -> None:
+        """Type a text and press Ctrl-C, as slowly as a person: a signal that comes before `select` is seen too late."""
+        self.send(text)
+        self.expect(re.escape(text))  # the echo: readline has taken it in, and waits again
+        time.sleep(0.5)
+        self.send("\x03")
+
     def expect(self, pattern: str) -> re.Match[str]:
         deadline = time.monotonic() + PATIENCE
         while True:

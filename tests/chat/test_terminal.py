@@ -137,7 +137,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(folder, terminal):
     t.send("\x03")
     about = t.expect(r"\[(\d+) tokens, [^]]*, stopped\].*> $")
     assert 0 < int(about[1]) < 450
-    t.send("half a line\x03")
+    t.interrupt_typing("half a line")
     t.expect(r"/quit or Ctrl-D leaves\n> $")
     t.send("Are you still there?\n")
     t.expect(r"there\?\n\S")

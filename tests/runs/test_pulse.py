@@ -44,7 +44,8 @@ def by_hand(how: str, part: str = "from_rank_zero") -> tuple[subprocess.Popen, s
 def test_rank_zero_may_work_longer_than_a_collective_may_take():
     done = torchrun("9")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(done.stdout.splitlines()) == ["rank 0 got worked 9 seconds", "rank 1 got worked 9 seconds"]
+    for rank in (0, 1):  # not line by line: torchrun's ranks are unbuffered, and their lines may run into each other
+        assert done.stdout.count(f"rank {rank} got worked 9 seconds") == 1, done.stdout
 
 
 @pytest.mark.slow

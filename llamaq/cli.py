@@ -4,6 +4,7 @@
     tune run RECIPE --config CONFIG [k=v …]     run one; torchrun options go before RECIPE (--nproc_per_node 2)
     tune run RECIPE --help [SETTING …]          what it does and every setting, or all about some
     tune submit RECIPE --config CONFIG --address http://HEAD:8265 --num-workers N [k=v …]    the same on a Ray cluster
+    tune inspect WHAT [--config CONFIG] [k=v …] what a model folder or a data file is, and what llamaq makes of it
     tune compare RUN RUN … [--output FILE]      runs side by side on one page
     tune publish RUN --repo NAME [--dry-run]    what a run ships, to the Hugging Face Hub
     tune cp | cat | validate | download …       as in torchtune
@@ -15,11 +16,13 @@ Ray and torchtune install a script of the same name; `llamaq …` and `python -m
 import argparse
 import ast
 import contextlib
+import difflib
 import importlib
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from llamaq.config import load, packaged_configs, parse_arguments, recipes_dir
 from llamaq.config.arguments import HELP
@@ -29,8 +32,38 @@ from llamaq.runs import signals
 # A config file serves the chain and each of its stages, so `tune ls` lists configs under the chain and SpinQuant only.
 RECIPES = ["qat_lora_dpo", "qat", "qat_lora", "qat_dpo", "spinquant", "export_executorch", "evaluate", "chat"]
 # commands that are neither torchtune's nor Ray's: the module whose `main` takes the arguments
-OWN_COMMANDS = {"submit": "llamaq.cluster.submit", "compare": "llamaq.report.compare", "publish": "llamaq.report.hub"}
+OWN_COMMANDS = {
+    "submit": "llamaq.cluster.submit",
+    "inspect": "llamaq.plan.inspect",
+    "compare": "llamaq.report.compare",
+    "publish": "llamaq.report.hub",
+}
+TORCHTUNES_COMMANDS = ("download", "ls", "cp", "run", "validate", "cat")
 RAY_COMMANDS = ("lsx", "list-trials", "list-experiments", "add-note")
+
+OVERVIEW = """\
+usage: tune COMMAND …        (llamaq COMMAND … and python -m llamaq COMMAND … are the same)
+
+llamaq: torchtune's command line with the quantized training chain added.
+
+  run RECIPE --config CONFIG [key=value …]   run a recipe; torchrun options go before RECIPE (--nproc_per_node 2)
+  run RECIPE --help [SETTING …]              what it does, and every setting or some
+  inspect FOLDER | FILE …                    what a model folder or a data file is, and what llamaq makes of it
+  submit RECIPE --config CONFIG …            run a recipe on a Ray cluster
+  compare RUN RUN …                          runs side by side on one page
+  publish RUN --repo NAME [--dry-run]        send what a run ships to the Hugging Face Hub
+  ls                                         list recipes and configs
+  cp NAME FILE                               copy a config or recipe to edit it; an existing file is kept
+  cat CONFIG                                 print a config
+  validate CONFIG                            check a config
+  download REPO …                            download a model from the Hugging Face Hub or Kaggle (torchtune's)
+
+Ray Tune's: lsx, list-trials, list-experiments, add-note, ls FOLDER. More on each: tune COMMAND --help.
+
+examples:
+  tune run qat_lora_dpo --config tiny
+  tune run qat --help qat.optimizer
+  tune compare runs/a runs/b"""
 
 
 def register_recipes() -> None:
@@ -68,6 +101,14 @@ def main() -> None:
 
 
 def _main() -> None:
+    command = next(iter(sys.argv[1:]), "--help")
+    if command in HELP:
+        print(OVERVIEW)
+        return
+    if command not in (*OWN_COMMANDS, *TORCHTUNES_COMMANDS, *RAY_COMMANDS):
+        near = difflib.get_close_matches(command, [*OWN_COMMANDS, *TORCHTUNES_COMMANDS], n=1)
+        hint = f"did you mean {near[0]}?" if near else "tune --help lists the commands"
+        _refuse(f"no command '{command}'; {hint}")
     if _is_for_ray(sys.argv[1:]):
         _ray()
         return
@@ -75,20 +116,36 @@ def _main() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `tune run qat --help | head` ends without a traceback
         _print_help(*asked)
         return
-    if module := OWN_COMMANDS.get(next(iter(sys.argv[1:]), "")):
+    if module := OWN_COMMANDS.get(command):
         sys.exit(importlib.import_module(module).main(sys.argv[2:]))
     sys.argv = _with_config(sys.argv)
+    _check_words(sys.argv[1:])
     register_recipes()
     _patch_torchtune()
     from torchtune._cli.tune import TuneCLIParser
 
     parser = TuneCLIParser()
-    parser._parser.description = "llamaq: torchtune's command line with the quantized training chain added."
-    parser._parser.epilog = (
-        "examples: tune run qat_lora_dpo --config tiny; tune run qat --help; tune compare runs/a runs/b; "
-        "tune publish runs/a --repo NAME --dry-run; tune submit --help (a Ray cluster)"
-    )
     parser.run(parser.parse_args())
+
+
+def _check_words(argv: list[str]) -> None:
+    """Answer what torchtune answers too late or without a name: no config, an unknown one, a copy over a file."""
+    command, words = argv[0], argv[1:]
+    recipe = next((w for w in words if w in RECIPES), None)
+    if command == "run" and recipe and "--config" not in words:
+        _refuse(f"which config? tune run {recipe} --config NAME; {', '.join(packaged_configs())}, or a YAML file")
+    names = [w for w in words if not w.startswith("-")]
+    if command == "cat" and names and (near := difflib.get_close_matches(names[0], packaged_configs(), n=1)):
+        unknown = names[0] not in packaged_configs() and not Path(names[0]).is_file()
+        if unknown and Path(names[0]).suffix not in (".yaml", ".yml"):
+            _refuse(f"no config '{names[0]}'; did you mean {near[0]}?")
+    if command == "cp" and len(names) == 2 and "-n" not in words:
+        sys.argv.append("--no-clobber")  # an edited copy is not overwritten
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _with_config(argv: list[str]) -> list[str]:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import random_weights
 
+from llamaq.cli import OWN_COMMANDS, TORCHTUNES_COMMANDS
+
 BIN = Path(sys.executable).parent
 QUIET = {**os.environ, "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
@@ -34,6 +36,34 @@ def test_the_other_names_reach_the_same_thing(command):
     arguments = ["-m", "llamaq", "--help"] if command == "python" else ["--help"]
     said = tune(*arguments, command=command).stdout
     assert "quantized training chain" in said and "validate" in said
+
+
+def test_the_overview_names_every_command_and_needs_no_torch():
+    code = "import sys; from llamaq.cli import main; sys.argv = ['tune']; main(); assert 'torch' not in sys.modules"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=QUIET, check=True).stdout
+    assert said == tune("--help").stdout == tune("-h").stdout
+    assert all(f"\n  {command} " in said for command in (*OWN_COMMANDS, *TORCHTUNES_COMMANDS))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rnu", "qat"], "no command 'rnu'; did you mean run?"),
+        (["frobnicate"], "tune --help lists the commands"),
+        (["run", "qat_lora_dpo"], "which config? tune run qat_lora_dpo --config NAME; "),
+        (["cat", "tinny"], "no config 'tinny'; did you mean tiny?"),
+    ],
+)
+def test_a_wrong_word_is_named_at_once(words, said):
+    result = tune(*words, check=False)
+    assert result.returncode == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_copy_does_not_overwrite_an_edited_one(tmp_path):
+    tune("cp", "tiny", "mine.yaml", cwd=tmp_path)
+    (tmp_path / "mine.yaml").write_text("edited")
+    assert "already exists" in tune("cp", "tiny", "mine.yaml", cwd=tmp_path).stdout
+    assert (tmp_path / "mine.yaml").read_text() == "edited"
 
 
 def test_cp_and_cat_and_validate(tmp_path):

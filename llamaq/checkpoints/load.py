@@ -5,7 +5,7 @@ The files in the folder tell the layout:
     consolidated.00.pth                    Meta (llamaq.checkpoints.meta)
     *.pt, *.bin or *.safetensors alone     torchtune (llamaq.checkpoints.torchtune)
 
-The head is tied in Llama 3.2, so a separate head is accepted only if it equals the embedding.
+Where the model ties its head to the embedding, a separate head is accepted only if it equals the embedding.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ def load_checkpoint(folder: str | Path, decoder: nn.Module) -> StateDict:
 
     Raises:
         UserError: folder or file missing or torn, an unknown layout, keys missing or left over, a wrong shape, or a
-            head that differs from the embedding.
+            head that differs from the embedding where the model ties them.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -75,11 +75,11 @@ def _read(folder: Path, attention: Any) -> StateDict:
 
 def _checked(tensors: StateDict, decoder: nn.Module, folder: Path) -> StateDict:
     expected = {k: v.shape for k, v in decoder.state_dict().items()}
-    head = tensors.pop("output.weight", None)
+    head = None if "output.weight" in expected else tensors.pop("output.weight", None)
     if head is not None and not torch.equal(head, tensors.get("tok_embeddings.weight", torch.empty(0))):
         raise UserError(
-            f"{folder}: the head (lm_head / output.weight) differs from the embedding; Llama 3.2 1B and 3B tie them, "
-            "and so does the quantized layout: this checkpoint was untied in training and cannot be represented"
+            f"{folder}: the head (lm_head / output.weight) differs from the embedding, and the model of this config "
+            "ties them; choose one with model.tie_word_embeddings=false"
         )
     wrong = {k: (tuple(v.shape), tuple(expected[k])) for k, v in tensors.items() if expected.get(k, v.shape) != v.shape}
     if wrong:

@@ -7,25 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
 
-from llamaq.checkpoints.tensors import load_pth, save_pth
+from llamaq.checkpoints.tensors import save_pth
 from llamaq.errors import UserError
-from llamaq.model.build import StateDict
 from llamaq.model.builders import in_halves
-from llamaq.model.names import EMBEDDING, HEAD, meta_key, split, torchtune_key
+from llamaq.model.names import EMBEDDING, HEAD, meta_key, split
 from llamaq.model.shape import Shape
 from llamaq.runs.files import write_json
 
 WEIGHTS = "consolidated.00.pth"
 PARAMS = "params.json"
-
-
-def read_meta(folder: Path) -> StateDict:
-    """Read Meta's float weights into torchtune names; `output.weight` may be there or not.
-
-    Raises:
-        UserError: the file is torn.
-    """
-    return {torchtune_key(k): v for k, v in load_pth(folder / WEIGHTS).items() if k != "rope.freqs"}
 
 
 def save_float(folder: Path, weights: dict[str, Tensor], params: dict[str, Any]) -> None:

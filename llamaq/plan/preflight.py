@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamaq.checkpoints.load import check_start
 from llamaq.checkpoints.meta import model_params
 from llamaq.config import Component, Config, TrainingConfig
 from llamaq.config.components import instantiate
@@ -37,6 +38,8 @@ def preflight(c: Config) -> str:
     if uses_deepspeed(c):
         check_deepspeed(c, device.type)
     decoder = check_model(c)
+    if c.base is None:
+        check_start(c.checkpoint_dir, decoder)
     check_lengths(c, decoder)
     prepare(decoder, scheme_of(c))
     model_params(decoder)

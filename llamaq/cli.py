@@ -46,7 +46,7 @@ def register_recipes() -> None:
     configs = [registry.Config(name=name, file_path=str(path)) for name, path in packaged_configs().items()]
     listed = {
         "qat_lora_dpo": [c for c in configs if not c.name.endswith("spinquant")],
-        "spinquant": [c for c in configs if c.name.endswith("spinquant")],
+        "spinquant": [c for c in configs if c.name.endswith("spinquant") or c.name == "llama"],  # it serves both
     }
     ours = [
         registry.Recipe(

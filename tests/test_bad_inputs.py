@@ -148,7 +148,7 @@ def test_no_room_on_the_disk_is_said_before_anything_is_trained(tmp_path, monkey
             "qat",
             "tiny_spinquant",
             "qat",
-            "llama, llama3_2/1B_qat_lora_dpo, llama3_2/3B_qat_lora_dpo, reference, smollm2/135M_qat_lora_dpo, tiny",
+            "llama, llama3_2/1B_qat_lora_dpo, llama3_2/3B_qat_lora_dpo, reference, sm",
         ),
         ("spinquant", "tiny", "spinquant", "reference_spinquant, smollm2/135M_spinquant, tiny_spinquant"),
         ("qat_lora_dpo", "tiny_spinquant", "qat", "reference, smollm2/135M_qat_lora_dpo, tiny"),

@@ -9,6 +9,7 @@ DEFAULT: Scaling = {"rope_type": "default"}
 
 # field → (key of Hugging Face's config.json, key of Meta's params.json), where they are spelled otherwise
 SPELLINGS = {
+    "family": ("model_type", "the family"),
     "num_layers": ("num_hidden_layers", "n_layers"),
     "num_heads": ("num_attention_heads", "n_heads"),
     "num_kv_heads": ("num_key_value_heads", "n_kv_heads"),

@@ -26,19 +26,19 @@ def read_rope(path: Path, values: dict[str, Any], positions: int) -> tuple[float
     Raises:
         UserError: a kind that is not supported, a number that is missing or none, or two that contradict each other.
     """
-    key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-    section = values.get(key) or {}
-    if not isinstance(section, dict) or any(isinstance(v, dict) for v in section.values()):
-        raise UserError(f"{path}: {key}={section}: one RoPE for all layers is supported, and this is not one")
-    if values.get("rope_scaling") and values.get("rope_parameters") not in (None, {}, values["rope_scaling"]):
-        raise UserError(f"{path}: has rope_scaling and rope_parameters, which differ; delete the one that is wrong")
-    thetas = [v["rope_theta"] for v in (section, values) if v.get("rope_theta") is not None] or [THETA]
-    if thetas[0] != thetas[-1]:
-        raise UserError(f"{path}: rope_theta is {thetas[-1]}, and in {key} {thetas[0]}; delete the one that is wrong")
-    for part in (section, values):
+    sections = {key: values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)}
+    for key, section in sections.items():
+        if not isinstance(section, dict) or any(isinstance(v, dict) for v in section.values()):
+            raise UserError(f"{path}: {key}={section}: one RoPE for all layers is supported, and this is not one")
+    thetas = [v["rope_theta"] for v in (*sections.values(), values) if v.get("rope_theta") is not None] or [THETA]
+    scalings = [_scaling(path, key, section, positions) for key, section in sections.items()] or [dict(DEFAULT)]
+    for what, found in (("rope_theta", thetas), ("RoPE's scaling", scalings)):
+        if found[0] != found[-1]:
+            raise UserError(f"{path}: says of {what} {found[0]} and {found[-1]}; delete the one that is wrong")
+    for part in (*sections.values(), values):
         if part.get("partial_rotary_factor", 1) not in (1, None):
             raise UserError(f"{path}: partial_rotary_factor={part['partial_rotary_factor']} is not supported, only 1")
-    return _number(path, "rope_theta", thetas[0]), _scaling(path, key, section, positions)
+    return _number(path, "rope_theta", thetas[0]), scalings[0]
 
 
 def _scaling(path: Path, key: str, section: dict[str, Any], positions: int) -> Scaling:

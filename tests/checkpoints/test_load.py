@@ -110,7 +110,7 @@ def test_missing_keys_and_keys_of_another_model(tmp_path, weights):
     write_meta(tmp_path, weights)
     refused(tmp_path, r"1 keys missing \(first: layers\.1\.mlp\.w2\.weight\)")
     write_meta(tmp_path, weights | {"layers.1.mlp.w2.weight": gone, "layers.2.mlp.w2.weight": gone})
-    refused(tmp_path, r"1 keys not of this model \(first: layers\.2\.mlp\.w2\.weight\)")
+    refused(tmp_path, r"1 keys not of this model \(first: layers\.2\.feed_forward\.w2\.weight\)")
 
 
 def test_a_resized_vocabulary(tmp_path, weights):
@@ -130,7 +130,7 @@ CONTRADICTIONS = {
     "vocabulary": ({"vocab_size": 770}, "vocab_size is 770, .* has vocab_size 768"),
     "head width": ({"head_dim": 32}, "head_dim is 32, .* has head_dim 16"),
     "positions": ({"max_position_embeddings": 128}, "max_position_embeddings is 128, .* has max_seq_len 256"),
-    "family": (QWEN2, "family is qwen2, .* has family llama"),
+    "family": (QWEN2, "model_type is qwen2, .* has family llama"),
 }
 
 

@@ -76,7 +76,7 @@ FEATURES = {
 def test_what_changes_the_function_is_refused_by_name(changes, message, checkpoint, adapter):
     change(adapter, **changes)
     assert message in refusal(checkpoint, adapter)
-    if "layers" not in message:
+    if "tensors" not in message:
         with pytest.raises(UserError):  # before there is a checkpoint
             check_peft(adapter, 16, trusted=True)
 

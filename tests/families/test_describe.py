@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from llamaq.errors import UserError
 from llamaq.families import describe
 
+NEW = {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": CONFIG["rope_scaling"] | {"rope_theta": 1e4}}
 LINEAR = {"type": "linear", "factor": 4.0}
 
 
@@ -35,7 +36,10 @@ def test_a_tied_llama_is_what_the_shipped_configs_write(tmp_path):
     "config, changed",
     [
         # transformers 5's spelling, and the older one of the kind
-        ({"rope_theta": ..., "rope_parameters": CONFIG["rope_scaling"] | {"rope_theta": 1e4}}, {"rope_base": 10000}),
+        (
+            {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": CONFIG["rope_scaling"] | {"rope_theta": 1e4}},
+            {"rope_base": 10000},
+        ),
         ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 1e6}, {"scale_factor": 1, "rope_base": 1000000}),
         ({"rope_scaling": None, "rope_theta": ...}, {"scale_factor": 1, "rope_base": 10000}),
         ({"rope_scaling": CONFIG["rope_scaling"] | {"factor": 8.0}}, {"scale_factor": 8}),
@@ -87,11 +91,18 @@ REFUSED = {
     "activation": ({"hidden_act": "gelu"}, "hidden_act is gelu; ExecuTorch's Llama computes silu only"),
     "dynamic RoPE": (
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        "rope_scaling is of type dynamic; supported",
+        "is of type dynamic; supported",
     ),
     "yarn": ({"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "is of type yarn"),
     "factor": ({"rope_scaling": {"type": "linear", "factor": "4"}}, "rope_scaling.factor is 4; it has to be a number"),
-    "two thetas": ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": None}, "rope_theta is 500000.0, and in"),
+    "two thetas": (
+        {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": None},
+        "says of rope_theta 10000.0 and 500000.0; delete",
+    ),
+    "two scalings": (
+        {"rope_parameters": {"rope_type": "default"}},
+        "says of RoPE's scaling {'rope_type': 'default'} a",
+    ),
     "partial RoPE": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
     "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "only causal language models"),
     "code of its own": ({"auto_map": {"AutoModelForCausalLM": "m.M"}}, "the model brings code of its own"),

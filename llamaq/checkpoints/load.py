@@ -62,6 +62,7 @@ def load_checkpoint(folder: str | Path, decoder: nn.Module) -> StateDict:
     read = {file: read_tensors(file) for file in found.weights}
     check_distinct({file: list(tensors) for file, tensors in read.items()})
     tensors, names = _renamed({k: v for part in read.values() for k, v in part.items()}, found)
+    del read  # `_floats` lets go of each tensor in its turn
     _check_fit(tensors, names, decoder, found)
     if HEAD in tensors and HEAD not in decoder.state_dict():
         _check_tied(tensors.pop(HEAD), tensors[EMBEDDING], found)

@@ -18,6 +18,7 @@ import ray.train
 from llamaq.cluster.options import LAUNCHER
 from llamaq.config import Config
 from llamaq.errors import UserError
+from llamaq.families import complete
 from llamaq.runs.files import write_json
 from llamaq.runs.manifest import CHECKPOINTS
 from llamaq.runs.ranks import from_rank_zero, rank
@@ -73,7 +74,7 @@ class RayHooks(Hooks):
 
 def on_worker(task: dict[str, Any]) -> None:
     """Run the recipe `task["recipe"]` with the settings `task["config"]` as one rank."""
-    config: Config = task["config"]
+    config: Config = complete(task["config"])
     logging.getLogger().setLevel(logging.WARNING)  # Ray sets it to INFO, and its own modules repeat every report
     run = Run(config, RayHooks(config), patience=LOCK_SECONDS)
     try:

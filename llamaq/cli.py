@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from llamaq.config import load, packaged_configs, parse_arguments, recipes_dir
+from llamaq.config import Config, load, packaged_configs, parse_arguments, recipes_dir
 from llamaq.config.arguments import HELP
 from llamaq.errors import UserError
 from llamaq.runs import signals
@@ -79,7 +79,7 @@ def register_recipes() -> None:
     configs = [registry.Config(name=name, file_path=str(path)) for name, path in packaged_configs().items()]
     listed = {
         "qat_lora_dpo": [c for c in configs if not c.name.endswith("spinquant")],
-        "spinquant": [c for c in configs if c.name.endswith("spinquant")],
+        "spinquant": [c for c in configs if c.name.endswith("spinquant") or c.name == "llama"],  # it serves both
     }
     ours = [
         registry.Recipe(
@@ -205,6 +205,16 @@ def _status_of_stop(e: Exception) -> int | None:
     return None
 
 
+def _check_with_checkpoint(config: Config) -> None:
+    """Check a config against its checkpoint, if that is on this machine."""
+    from llamaq.checkpoints.load import check_start
+    from llamaq.families import complete
+    from llamaq.model.build import meta_decoder
+
+    if config.base is None and Path(config.checkpoint_dir).is_dir():
+        check_start(config.checkpoint_dir, meta_decoder(complete(config).model))
+
+
 def _patch_torchtune() -> None:
     """Two changes to torchtune's commands, both small enough to read here."""
     from torchtune._cli.run import Run
@@ -238,7 +248,7 @@ def _patch_torchtune() -> None:
             self._parser.error(f"no config file or packaged config '{args.config}'")
         if not {"qat", "scheme", "export"}.isdisjoint(OmegaConf.load(path)):  # one of ours
             try:
-                load(str(path))
+                _check_with_checkpoint(load(str(path)))
             except UserError as e:
                 self._parser.error(str(e))
             print("Config is well-formed!")

@@ -24,6 +24,7 @@ from llamaq.data.tokenizer import tokenizer_of
 from llamaq.errors import UserError
 from llamaq.evaluate.models import Models
 from llamaq.export.pte import Pte
+from llamaq.families import complete
 from llamaq.model.build import pick_device
 from llamaq.recipes.evaluate import chain_models
 from llamaq.recipes.spinquant import SHIPPED, models_of
@@ -37,7 +38,7 @@ def configured(argv: list[str]) -> Config:
         parse_arguments(argv, __doc__ or "")
     config, overrides = parse_arguments(argv, "")
     if not config.endswith(".pte"):
-        return load(config, overrides)
+        return complete(load(config, overrides))
     if not (file := Path(config)).is_file():
         raise UserError(f"{file}: no such file")
     stage = file.absolute().parent

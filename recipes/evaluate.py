@@ -23,7 +23,7 @@ from typing import Any
 
 from llamaq.checkpoints.load import start_inputs, start_weights
 from llamaq.checkpoints.torchtune import weights_of
-from llamaq.config import Config
+from llamaq.config import Config, without
 from llamaq.config.view import only
 from llamaq.evaluate.models import MODEL_SETTINGS, Models, ModelSource, check_evaluation, stages_up_to
 from llamaq.evaluate.scores import Scores, share_won_back
@@ -38,6 +38,7 @@ from llamaq.recipes.qat import qat
 from llamaq.recipes.qat_lora import qat_lora
 from llamaq.report.publish import report_chain
 from llamaq.runs.main import main
+from llamaq.runs.manifest import MANIFEST
 from llamaq.runs.ranks import say
 from llamaq.runs.run import Run
 
@@ -102,11 +103,13 @@ def need_exported(run: Run) -> Path:
 def recipe(run: Run) -> None:
     """Measure a finished run and write its report."""
     c = run.config
-    if c.spinquant is not None and c.qat is None:
-        from llamaq.recipes.spinquant import evaluate_and_report
+    if c.spinquant is not None and (c.qat is None or (run.path("spinquant") / MANIFEST).is_file()):
+        from llamaq.recipes.spinquant import TRAINED, evaluate_and_report
 
+        run.config = without(c, *TRAINED)
         say(f"report: {evaluate_and_report(run)}/report.md")
         return
+    run.config = c = without(c, "spinquant")
     for section in ("qat", "qat_lora") if c.evaluate.control else ("qat",):
         c.section(section)
     check_evaluation(c, *chain_names(c))

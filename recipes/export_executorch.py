@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
-from llamaq.checkpoints.peft import BACKBONE, save_peft, with_adapters
+from llamaq.checkpoints.peft import save_peft, with_adapters
+from llamaq.checkpoints.peft_config import BACKBONE
 from llamaq.checkpoints.quantized import backbone_hash, load_quantized, save_quantized
 from llamaq.checkpoints.torchtune import weights_of
+from llamaq.config import without
 from llamaq.config.view import only
 from llamaq.data.tokenizer import copy_tokenizer, prompt_tokens, tokenizer_of
 from llamaq.export.exporter import load_eager
@@ -67,7 +69,7 @@ def convert(run: Run) -> Path:
         tokens = torch.tensor([gate_tokens(c)])
         expected = final_model(run)(tokens)[0]
         shipped = final_model(run, frozen=True)
-        save_quantized(folder / "model", shipped.decoder, scheme_of(c))
+        save_quantized(folder / "model", shipped.decoder, scheme_of(c), head=shipped.head)
         if c.export.stage != "qat":
             save_peft(folder / "adapter", shipped.decoder, c.adapters.rank, c.adapters.alpha)
             write_json(folder / "adapter" / BACKBONE, {"sha256": backbone_hash(folder / "model")})
@@ -106,7 +108,7 @@ def export(
     def build(folder: Path) -> dict[str, Any]:
         pte_file = folder / "model.pte"
         methods = {
-            name: with_adapters(codes, Path(adapter), folder / "methods" / name)
+            name: with_adapters(codes, Path(adapter), folder / "methods" / name, c.export.trust_adapters)
             for name, adapter in c.export.adapters.items()
         }
         result = export_checked(c, codes, pte_file, lambda: model(run), context, methods)
@@ -135,6 +137,7 @@ def answer(run: Run) -> Path:
 
 def recipe(run: Run) -> None:
     """Convert, export, and ask the file."""
+    run.config = without(run.config, "spinquant")
     check_prompt(run.config)
     check_adapters(run.config)
     convert(run)

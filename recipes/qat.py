@@ -14,6 +14,7 @@ from typing import Any
 from llamaq.checkpoints.load import start_inputs, start_weights
 from llamaq.checkpoints.meta import model_params, save_float
 from llamaq.checkpoints.torchtune import save_weights
+from llamaq.config import without
 from llamaq.config.view import only
 from llamaq.data.corpus import write_corpus
 from llamaq.model.build import build_model, meta_decoder, scheme_of
@@ -74,6 +75,7 @@ def qat(run: Run, control: bool = False) -> Path:
 
 def recipe(run: Run) -> None:
     """Run stage 1."""
+    run.config = without(run.config, "spinquant")
     prepare_start(run)
     say(f"latent weights: {qat(run)}/model.safetensors")
 

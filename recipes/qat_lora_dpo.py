@@ -19,6 +19,7 @@ Run it again to resume. Finished stages are checked and kept, an interrupted one
 a changed setting runs only those stages again that depend on it.
 """
 
+from llamaq.config import without
 from llamaq.evaluate.models import check_evaluation
 from llamaq.evaluate.stages import measure
 from llamaq.export.bundle import bundle
@@ -37,6 +38,7 @@ NEEDS = ("qat", "qat_lora", "qat_dpo")
 
 def recipe(run: Run) -> None:
     """Train, convert, export, measure and report."""
+    run.config = without(run.config, "spinquant")
     check_evaluation(run.config, *chain_names(run.config))
     prepare_start(run)
     qat(run)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from llamaq.checkpoints.load import start_inputs, start_weights
+from llamaq.config import without
 from llamaq.config.view import only
 from llamaq.data.tokenizer import copy_tokenizer
 from llamaq.evaluate.models import MODEL_SETTINGS, Models, ModelSource, check_evaluation
@@ -54,6 +55,7 @@ from llamaq.spinquant.loops import bar
 from llamaq.spinquant.windows import TEXT, windows
 
 NEEDS = ("spinquant",)
+TRAINED = ("qat", "qat_lora", "qat_dpo")  # sections of the other chain, which a config may hold too
 SHIPPED = "spinquant"  # the stage with the best candidate, and the name of its model in the evaluation
 
 
@@ -139,6 +141,7 @@ def evaluate_and_report(run: Run) -> Path:
 
 def recipe(run: Run) -> None:
     """Calibrate, try every candidate, ship the best one, and report."""
+    run.config = without(run.config, *TRAINED)
     candidates = candidates_of(run.config.section("spinquant"), run.config.seed)
     check_evaluation(run.config, ["bf16", "ptq", SHIPPED], SHIPPED)
     prepare_start(run)

@@ -144,13 +144,18 @@ def test_no_room_on_the_disk_is_said_before_anything_is_trained(tmp_path, monkey
 @pytest.mark.parametrize(
     "recipe_name, config, missing, instead",
     [
-        ("qat", "tiny_spinquant", "qat", "llama3_2/1B_qat_lora_dpo, llama3_2/3B_qat_lora_dpo, reference, tiny"),
-        ("spinquant", "tiny", "spinquant", "reference_spinquant, tiny_spinquant"),
-        ("qat_lora_dpo", "tiny_spinquant", "qat", "reference, tiny"),
-        ("export_executorch", "tiny_spinquant", "qat", "reference, tiny"),
-        ("qat_lora", "tiny -qat_lora", "qat_lora", "reference, tiny"),
-        ("qat_dpo", "tiny -qat_dpo", "qat_dpo", "reference, tiny"),
-        ("qat_lora_dpo", "tiny -qat_dpo", "qat_dpo", "reference, tiny"),
+        (
+            "qat",
+            "tiny_spinquant",
+            "qat",
+            "llama, llama3_2/1B_qat_lora_dpo, llama3_2/3B_qat_lora_dpo, reference, sm",
+        ),
+        ("spinquant", "tiny", "spinquant", "reference_spinquant, smollm2/135M_spinquant, tiny_spinquant"),
+        ("qat_lora_dpo", "tiny_spinquant", "qat", "reference, smollm2/135M_qat_lora_dpo, tiny"),
+        ("export_executorch", "tiny_spinquant", "qat", "reference, smollm2/135M_qat_lora_dpo, tiny"),
+        ("qat_lora", "tiny -qat_lora", "qat_lora", "reference, smollm2/135M_qat_lora_dpo, tiny"),
+        ("qat_dpo", "tiny -qat_dpo", "qat_dpo", "reference, smollm2/135M_qat_lora_dpo, tiny"),
+        ("qat_lora_dpo", "tiny -qat_dpo", "qat_dpo", "reference, smollm2/135M_qat_lora_dpo, tiny"),
         ("evaluate", "tiny -qat_lora", "qat_lora", ""),
     ],
 )

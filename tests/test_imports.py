@@ -28,6 +28,7 @@ FLOORS = [
     {"errors", "quiet"},
     {"torchao_compat"},
     {"config"},
+    {"families"},
     {"runs"},
     {"quant"},
     {"model"},

@@ -1,68 +1,53 @@
-"""Hugging Face checkpoints: `config.json` and safetensors. Rows of q and k are put into Meta's RoPE order."""
+"""Hugging Face's names and row order: rows of q and k are in the order of RoPE's halves, Meta's are in pairs."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torchtune.models.convert_weights import hf_to_tune
 
-from llamaq.checkpoints.tensors import load_safetensors
-from llamaq.errors import UserError
 from llamaq.model.build import StateDict
+from llamaq.model.builders import in_halves
+from llamaq.model.names import EMBEDDING, FINAL_NORM, HEAD, HUGGING_FACE
+
+OUTSIDE = {"model.embed_tokens.weight": EMBEDDING, "model.norm.weight": FINAL_NORM, "lm_head.weight": HEAD}
+INSIDE = {
+    "input_layernorm.weight": "sa_norm.scale",
+    "post_attention_layernorm.weight": "mlp_norm.scale",
+    "self_attn.q_norm.weight": "attn.q_norm.scale",
+    "self_attn.k_norm.weight": "attn.k_norm.scale",
+    **{f"{hf}.{kind}": f"{ours}.{kind}" for ours, hf in HUGGING_FACE.items() for kind in ("weight", "bias")},
+}
 
 
-def read_hugging_face(folder: Path, attention: Any) -> StateDict:
-    """Read a Hugging Face folder into torchtune names.
-
-    Args:
-        folder: with `config.json` and `*.safetensors`.
-        attention: torchtune's attention module of the model to load into; its sizes must be the folder's.
-
-    Raises:
-        UserError: a size that differs, or a file that is missing or torn.
-    """
-    _check_config(folder / "config.json", attention)
-    return hf_to_tune(
-        _read_weights(folder), attention.num_heads, attention.num_kv_heads, attention.embed_dim, attention.head_dim
-    )
+def torchtune_name(key: str) -> str | None:
+    """Return torchtune's name of a Hugging Face tensor, None for a table of RoPE; an unknown one stays as it is."""
+    if key.endswith("rotary_emb.inv_freq"):
+        return None
+    if key.startswith("model.layers."):
+        layer, _, tail = key.removeprefix("model.layers.").partition(".")
+        return f"layers.{layer}.{INSIDE[tail]}" if tail in INSIDE else key
+    return OUTSIDE.get(key, key)
 
 
-def _check_config(path: Path, attention: Any) -> None:
-    hf = json.loads(path.read_text())
-    expected = {
-        "hidden_size": attention.embed_dim,
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
-    }
-    for key, value in expected.items():
-        if key in hf and hf[key] != value:
-            raise UserError(f"{path}: {key} is {hf[key]}, but the model of this config has {value}; choose its config")
+def in_row_order(tensors: StateDict, decoder: Any) -> StateDict:
+    """Put rows of q and k of Hugging Face's tensors, under torchtune's names, into the order of a decoder's RoPE."""
+    if in_halves(decoder):
+        return tensors
+    attn = decoder.layers[0].attn
+    heads = {"attn.q_proj": attn.num_heads, "attn.k_proj": attn.num_kv_heads}
 
+    def rows(name: str, t: Tensor) -> Tensor:
+        found = next((n for linear, n in heads.items() if f".{linear}." in name), None)
+        return t if found is None else meta_rows(t, found)
 
-def _read_weights(folder: Path) -> StateDict:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = sorted(p.name for p in folder.glob("*.safetensors"))
-    if not names:
-        raise UserError(f"{folder} has a config.json but no *.safetensors; download the weights too")
-    tensors: StateDict = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing, though {index.name} names it")
-        tensors |= load_safetensors(folder / name)
-    return tensors
+    return {name: rows(name, t) for name, t in tensors.items()}
 
 
 def hf_rows(b: Tensor, heads: int) -> Tensor:
-    """Reorder rows of a q or k matrix from Meta's interleaved RoPE order to Hugging Face's halves. [heads · d, n]."""
-    d = b.shape[0] // heads
-    return b.view(heads, d // 2, 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
+    """Reorder rows of a q or k matrix (or bias) from Meta's pairs of RoPE to Hugging Face's halves. [heads · d, …]."""
+    return b.view(heads, -1, 2, *b.shape[1:]).transpose(1, 2).reshape(b.shape)
 
 
 def meta_rows(b: Tensor, heads: int) -> Tensor:
     """Undo `hf_rows`."""
     d = b.shape[0] // heads
-    return b.view(heads, 2, d // 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
+    return b.view(heads, 2, d // 2, *b.shape[1:]).transpose(1, 2).reshape(b.shape)

@@ -1,7 +1,6 @@
 """Adapters as PEFT reads and writes them: `adapter_model.safetensors` and `adapter_config.json`."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,22 @@ import torch
 from torch import Tensor
 
 from llamaq.checkpoints.hugging_face import hf_rows, meta_rows
+from llamaq.checkpoints.load import check_finite
 from llamaq.checkpoints.meta import PARAMS, WEIGHTS
-from llamaq.checkpoints.quantized import EXECUTORCH_LORA_SCALE, backbone_hash
+from llamaq.checkpoints.peft_config import (
+    CONFIG,
+    TENSORS,
+    check_backbone,
+    check_rank,
+    read_peft_config,
+    read_tensors_header,
+    scale_left_over,
+)
 from llamaq.checkpoints.tensors import load_safetensors, save_pth, save_tensors
 from llamaq.errors import UserError
+from llamaq.model.builders import in_halves
 from llamaq.model.names import HUGGING_FACE, LINEARS, hugging_face_name, meta_name, split
 from llamaq.quant.prepare import quantized_linears
-
-BACKBONE = "backbone.json"  # beside a set of adapters: the hash of what they were trained on
 
 
 def save_peft(folder: Path, decoder: Any, rank: int, alpha: float) -> None:
@@ -31,9 +38,9 @@ def save_peft(folder: Path, decoder: Any, rank: int, alpha: float) -> None:
         b = linear.adapter.b.detach().bfloat16()
         heads = {"attn.q_proj": attn.num_heads, "attn.k_proj": attn.num_kv_heads}.get(tail)
         tensors[f"{key}.lora_A.weight"] = linear.adapter.a.detach().bfloat16()
-        tensors[f"{key}.lora_B.weight"] = b if heads is None else hf_rows(b, heads)
+        tensors[f"{key}.lora_B.weight"] = b if heads is None or in_halves(decoder) else hf_rows(b, heads)
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "adapter_model.safetensors", tensors)
+    save_tensors(folder / TENSORS, tensors)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -44,11 +51,13 @@ def save_peft(folder: Path, decoder: Any, rank: int, alpha: float) -> None:
         "target_modules": [n.rsplit(".", 1)[-1] for n in HUGGING_FACE.values()],
         "base_model_name_or_path": None,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    (folder / CONFIG).write_text(json.dumps(config, indent=1))
 
 
 def load_peft(folder: Path, params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Read a PEFT folder's adapters into Meta-layout tensors, in the form of a checkpoint's own.
+
+    A linear that the adapters do not sit on gets adapters of zeros, which compute the same.
 
     Args:
         folder: with `adapter_model.safetensors` and `adapter_config.json`.
@@ -56,42 +65,53 @@ def load_peft(folder: Path, params: dict[str, Any], tensors: dict[str, Tensor]) 
         tensors: its tensors, for names and shapes.
 
     Raises:
-        UserError: rank, alpha, names or shapes are not the checkpoint's.
+        UserError: something in the folder cannot be applied, or rank, names or shapes are not the checkpoint's.
     """
-    config = json.loads((folder / "adapter_config.json").read_text())
-    rank = params.get("lora_args", {}).get("rank")
-    if config["r"] != rank:
-        raise UserError(f"{folder}: rank {config['r']}, but the checkpoint's adapters have {rank}; they must be equal")
-    left_over = config["lora_alpha"] / config["r"] / EXECUTORCH_LORA_SCALE
-    if math.frexp(left_over)[0] != 0.5:
-        raise UserError(f"{folder}: lora_alpha / r is no power of two, which bf16 weights cannot hold exactly")
-    found, result = load_safetensors(folder / "adapter_model.safetensors"), {}
-    for ours in LINEARS:
-        heads = {"attn.q_proj": params["n_heads"], "attn.k_proj": params["n_kv_heads"]}.get(ours)
-        for layer in range(params["n_layers"]):
-            name = f"layers.{layer}.{ours}"
-            for part in "AB":
-                key = f"base_model.model.model.{hugging_face_name(name)}.lora_{part}.weight"
-                target = f"{meta_name(name)}.adaptor.{part}.weight"
-                if key not in found or found[key].shape != tensors[target].shape:
-                    shape = list(found[key].shape) if key in found else "missing"
-                    raise UserError(f"{folder}: {key} is {shape}, needed is {list(tensors[target].shape)}")
-                t = found[key].bfloat16()
-                if part == "B":
-                    t = (t if heads is None else meta_rows(t, heads)) * left_over
-                result[target] = t
+    config = read_peft_config(folder)
+    check_rank(config, params.get("lora_args", {}).get("rank"))
+    left_over = scale_left_over(config)
+    read_tensors_header(folder)
+    found, result = load_safetensors(folder / TENSORS), {}
+    for name in (f"layers.{layer}.{ours}" for layer in range(params["n_layers"]) for ours in LINEARS):
+        for part in "AB":
+            target = f"{meta_name(name)}.adaptor.{part}.weight"
+            if not config.has(name):
+                result[target] = torch.zeros_like(tensors[target], dtype=torch.bfloat16)
+                continue
+            key = f"base_model.model.model.{hugging_face_name(name)}.lora_{part}.weight"
+            t = found.pop(key, None)
+            if t is None or t.shape != tensors[target].shape:
+                shape = "missing" if t is None else list(t.shape)
+                raise UserError(f"{folder}: {key} is {shape}, needed is {list(tensors[target].shape)}")
+            check_finite(f"{folder / TENSORS}: {key}", t)
+            result[target] = t.bfloat16() if part == "A" else _rows(t.bfloat16(), name, params) * left_over
+    if found:
+        raise UserError(
+            f"{folder / TENSORS} has {len(found)} tensors that are not applied (first: {min(found)}); train the "
+            "adapters on linears of the blocks only"
+        )
     return result
 
 
-def with_adapters(checkpoint: Path, adapter: Path, folder: Path) -> Path:
+def _rows(b: Tensor, name: str, params: dict[str, Any]) -> Tensor:
+    """Return B with rows of q and k in the order of the checkpoint's RoPE."""
+    heads = {"attn.q_proj": params["n_heads"], "attn.k_proj": params["n_kv_heads"]}.get(split(name)[1])
+    return b if heads is None or params.get("use_hf_rope") else meta_rows(b, heads)
+
+
+def with_adapters(checkpoint: Path, adapter: Path, folder: Path, trusted: bool = False) -> Path:
     """Write a checkpoint with the codes of another one and the adapters of a PEFT folder; return its folder.
+
+    Args:
+        checkpoint: with the codes.
+        adapter: the PEFT folder.
+        folder: to write to.
+        trusted: whether adapters that do not say what they were trained on are taken.
 
     Raises:
         UserError: the adapters do not fit, or were trained on another backbone.
     """
-    backbone = json.loads((adapter / BACKBONE).read_text())["sha256"] if (adapter / BACKBONE).is_file() else None
-    if backbone is not None and backbone != backbone_hash(checkpoint):
-        raise UserError(f"{adapter} was trained on another quantized backbone than {checkpoint}: it would not fit")
+    check_backbone(adapter, checkpoint, trusted)
     tensors = torch.load(checkpoint / WEIGHTS, weights_only=True)
     params = json.loads((checkpoint / PARAMS).read_text())
     tensors |= load_peft(adapter, params, tensors)

@@ -3,16 +3,20 @@
 `consolidated.00.pth`, a flat dict in this order:
     layers.N.attention_norm.weight …             bf16 [dim]; a norm is first because ExecuTorch takes the first
                                                  tensor's dtype for the checkpoint's
+    layers.N.attention.{q,k}_norm_fn.weight      bf16 [head_dim], of models that have them (Qwen3)
     layers.N.{attention.w[qkvo],feed_forward.w[123]}.weight           int8 [out, in], one int4 code a byte
                                                     .scales           float32 [out, in / group_size]
+                                                    .bias             bf16 [out], of q, k and v if they have one
                                                     .adaptor.A.weight bf16 [rank, in]     (spelled so)
                                                     .adaptor.B.weight bf16 [out, rank]
     tok_embeddings.{weight,scales}               int8 [vocab, dim], float32 [vocab, 1]
-    output.{weight,scales}                       the same again: tied, written twice
+    output.{weight,scales}                       the same again if the head is tied, else its own
+
+Norms and biases are float32 where bf16 would change them.
 
 `params.json` carries what both loaders need:
-    quantization_args   scheme, group_size, spinquant; rotation {r1, r2, r4} for a rotated model, whose embedding and
-                        head differ
+    quantization_args   scheme, group_size, spinquant; rotation {r1, r2, r4} for a rotated model. With r1, embedding
+                        and head differ
     lora_args           rank, scale. ExecuTorch ignores this scale and multiplies by 2.0
                         (examples/models/llama/source_transformation/lora.py), so any other alpha / rank goes into B.
 """
@@ -28,8 +32,9 @@ from torch import Tensor, nn
 
 from llamaq.checkpoints.meta import PARAMS, WEIGHTS, model_params
 from llamaq.checkpoints.tensors import save_pth
-from llamaq.model.names import META_NORMS, meta_name
+from llamaq.model.names import meta_key, meta_name
 from llamaq.model.online import attach_online, check_contract
+from llamaq.model.shape import Shape
 from llamaq.quant.modules import Adapter, FrozenEmbedding, FrozenLinear, UntiedHead
 from llamaq.quant.prepare import add_adapters, freeze, quantized_linears
 from llamaq.quant.scheme import Scheme
@@ -41,25 +46,24 @@ EXECUTORCH_LORA_SCALE = 2.0
 def quantized_state_dict(decoder: nn.Module, head: nn.Module | None = None) -> dict[str, Tensor]:
     """Return a frozen decoder (torchtune names) as Meta-layout tensors, codes and scales as they are.
 
-    Norms are stored in bf16, or in float32 where bf16 would change them. `head` is needed where it is not tied to the
-    embedding (`UntiedHead`).
+    Norms and biases are stored in bf16, or in float32 where bf16 would change them. `head` is needed where it is not
+    tied to the embedding and not in the decoder any more: `CausalLM.head`.
     """
     norms, tensors = {}, {}
     for name, linear in quantized_linears(decoder).items():
         assert isinstance(linear, FrozenLinear), f"{name} is not frozen"
         key = meta_name(name)
         tensors[f"{key}.weight"], tensors[f"{key}.scales"] = linear.codes, linear.scales
+        if linear.bias is not None:
+            tensors[f"{key}.bias"] = _bf16_if_exact(linear.bias)
         if linear.adapter is not None:
             a, b = shipped_adapter(linear.adapter)
             tensors[f"{key}.adaptor.A.weight"], tensors[f"{key}.adaptor.B.weight"] = a, b
     for name, p in decoder.named_parameters():
-        layer, _, tail = name.partition(".")[2].partition(".")
-        if name.startswith("layers.") and tail in META_NORMS:
-            norms[f"layers.{layer}.{META_NORMS[tail]}"] = _bf16_if_exact(p)
-        elif name == "norm.scale":
-            norms["norm.weight"] = _bf16_if_exact(p)
-    embedding = decoder.get_submodule("tok_embeddings")
-    assert isinstance(embedding, FrozenEmbedding), "the embedding is not frozen"
+        if name.endswith("norm.scale"):
+            norms[meta_key(name)] = _bf16_if_exact(p)
+    embedding, head = decoder.get_submodule("tok_embeddings"), head or decoder.get_submodule("output")
+    assert head.tied or isinstance(head, UntiedHead), "the head is not in the decoder: give it too"
     rows = {"tok_embeddings": embedding, "output": head.matrix if isinstance(head, UntiedHead) else embedding}
     for key, matrix in rows.items():
         assert isinstance(matrix, FrozenEmbedding), f"{key} is not frozen"
@@ -77,6 +81,7 @@ def load_quantized(folder: Path, decoder: Any) -> Any:
     tensors = torch.load(folder / WEIGHTS, weights_only=True)
     contract = params["quantization_args"].get("rotation")
     block = rotation_block(params, decoder.layers[0].mlp.w2.in_features, str(folder))
+    untied = not Shape.of(decoder).tied or bool(contract and contract["r1"])
     lora = params.get("lora_args")
     if lora:
         add_adapters(decoder, lora["rank"], lora["rank"] * lora["scale"])
@@ -87,14 +92,13 @@ def load_quantized(folder: Path, decoder: Any) -> Any:
         state |= {f"{name}.codes": tensors[f"{key}.weight"], f"{name}.scales": tensors[f"{key}.scales"]}
         if linear.adapter is not None:
             state |= {f"{name}.adapter.{x.lower()}": tensors[f"{key}.adaptor.{x}.weight"].float() for x in "AB"}
-    for layer in range(params["n_layers"]):
-        state |= {f"layers.{layer}.{ours}": tensors[f"layers.{layer}.{meta}"] for ours, meta in META_NORMS.items()}
-    state["norm.scale"] = tensors["norm.weight"]
+    names = [name for name, _ in decoder.named_parameters() if name.endswith(("norm.scale", ".bias"))]
+    state |= {name: tensors[meta_key(name)] for name in names}
     state |= {
         "tok_embeddings.codes": tensors["tok_embeddings.weight"],
         "tok_embeddings.scales": tensors["tok_embeddings.scales"],
     }
-    if contract and contract["r1"]:
+    if untied:
         rows = decoder.tok_embeddings.fmt
         decoder.output = UntiedHead(FrozenEmbedding(tensors["output.weight"], tensors["output.scales"], rows))
         state |= {f"output.matrix.{k}": tensors[f"output.{v}"] for k, v in (("codes", "weight"), ("scales", "scales"))}
@@ -142,7 +146,7 @@ def save_quantized(
         decoder: frozen, torchtune names.
         scheme: the numerics.
         rotation: the contract of a rotated model (`Rotations.contract`).
-        head: of a model whose head is not tied.
+        head: of a model whose head is not tied, `CausalLM.head`.
     """
     quantization = {"scheme": scheme.name, "group_size": scheme.group_size}
     quantization["spinquant"] = bool(rotation and rotation["r4"])  # loaders read: does R4 have to be computed?

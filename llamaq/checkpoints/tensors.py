@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llamaq.errors import UserError
+from llamaq.families.headers import nested
 from llamaq.model.build import StateDict
 from llamaq.runs.files import LARGE, naming_full_disk
 from llamaq.runs.ticker import ticker
@@ -35,16 +36,33 @@ def load_pth(path: Path) -> StateDict:
     """Read a state dict that torch wrote, memory-mapped and without running any code of the pickle's.
 
     Raises:
-        UserError: the file is torn, or holds more than tensors.
+        UserError: the file is torn, or holds something else.
     """
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as e:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({str(e).splitlines()[0]}); is the file whole?") from e
-    loaded = loaded.get("model", loaded)
-    if not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise UserError(f"{path} holds more than tensors; expected a plain state dict")
-    return loaded
+    found = nested(loaded)
+    if not isinstance(found, dict) or not found:
+        what = "an empty dict" if isinstance(found, dict) else f"a {type(loaded).__name__}"
+        raise UserError(f"{path} holds {what} instead of a model's weights by name (a state dict)")
+    other = next((k for k, v in found.items() if not isinstance(v, Tensor)), None)
+    if other is not None:
+        kind = type(found[other]).__name__
+        raise UserError(
+            f"{path} holds more than tensors ('{other}' is a {kind}); save the model's state_dict() alone, or give the "
+            "folder of the model"
+        )
+    return found
+
+
+def read_tensors(path: Path) -> StateDict:
+    """Read a file of weights, by its suffix.
+
+    Raises:
+        UserError: the file is torn, or holds something else.
+    """
+    return load_safetensors(path) if path.suffix == ".safetensors" else load_pth(path)
 
 
 def save_tensors(path: Path, tensors: StateDict) -> None:

@@ -7,7 +7,7 @@ from llamaq.config.deepspeed import DEEPSPEED_SETTINGS, SET_BY_LLAMAQ, DeepSpeed
 from llamaq.config.evaluate import EvaluateConfig
 from llamaq.config.export import ExportConfig
 from llamaq.config.installed import cluster_dir, packaged_configs, recipes_dir
-from llamaq.config.load import check_sections, load, resolve
+from llamaq.config.load import check_sections, load, resolve, without
 from llamaq.config.schema import AdapterConfig, Config, SchemeConfig, WandbConfig
 from llamaq.config.spinquant import CalibrationPart, SpinQuantConfig
 from llamaq.config.training import DPOConfig, TrainingConfig
@@ -37,4 +37,5 @@ __all__ = [
     "parse_arguments",
     "recipes_dir",
     "resolve",
+    "without",
 ]

@@ -59,9 +59,16 @@ def is_number(value: Any) -> bool:
 
 def has_component(setting: str, section: dict[str, Any] | None) -> None:
     """Check that a component section, if there is one, names its function or class, and that its numbers are finite."""
-    named = section is None or isinstance(section.get("_component_"), str)
+    named = section is None or "_component_" in section
     require(named, f"{setting} has no _component_: name the function or class to use, e.g. torch.optim.AdamW")
-    for path, value in _leaves(section or {}, setting):
+    is_component(setting, section or {})
+
+
+def is_component(setting: str, section: dict[str, Any]) -> None:
+    """Check a component section that need not name its function or class, and that its numbers are finite."""
+    name = section.get("_component_", "")
+    require(isinstance(name, str), f"{setting}._component_={name}: name a function or class")
+    for path, value in _leaves(section, setting):
         require(str(value).lower() not in INFINITE, f"{path}={value}: must be a finite number")
 
 

@@ -12,10 +12,9 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from omegaconf import MISSING
-
 from llamaq.config.load import section_type
 from llamaq.config.schema import Config
+from llamaq.config.values import MAY_BE_UNNAMED
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ def _settings(schema: Any, prefix: str) -> tuple[Setting, ...]:
         is_list = getattr(f.type, "__origin__", None) is list
         if item is None or is_list:
             default = getattr(defaults, f.name)
-            is_component = _is_dict(f.type) and default in (MISSING, None)  # a dict of options has a default: {}
+            named_options = default == {} and f.name not in MAY_BE_UNNAMED  # by their keys, e.g. export.adapters
+            is_component = _is_dict(f.type) and not named_options
             found.append(Setting(prefix + f.name, texts.get(f.name, ""), default, is_component, f.name in of_bases))
         if item is not None and is_list:
             found += _settings(item, f"{prefix}{f.name}.N.")

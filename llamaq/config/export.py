@@ -39,6 +39,10 @@ class ExportConfig:
     need the rank of the exported ones and must have been trained on the very backbone that is exported
     (docs/export.md)."""
 
+    trust_adapters: bool = False
+    """Take adapters of `export.adapters` that do not say which backbone they were trained on (`backbone.json`, which
+    llamaq writes beside its own). On another backbone they compute something that nobody has trained."""
+
     baseline_dtype: str = "bf16"
     """Dtype of the full-precision .pte: `bf16` or `fp32`. The .pte that ships is compared with it. On x86 CPUs,
     ExecuTorch computes bf16 on one thread; `fp32` is the fairer comparison of speed there."""

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ def check_sections(config: Config, needed: Sequence[str], name: str) -> None:
             f"--config {name} has no section '{missing[0]}', which this recipe needs; write it, or take a config that "
             f"has it: {', '.join(have)}"
         )
+
+
+def without(config: Config, *sections: str) -> Config:
+    """Return a config without sections that a recipe does not run: one config may hold training and SpinQuant."""
+    return replace(config, **dict.fromkeys(sections))
 
 
 def section_type(annotation: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from llamaq.config.chat import ChatConfig
-from llamaq.config.checks import has_component, not_negative, one_of, positive, require
+from llamaq.config.checks import has_component, is_component, not_negative, one_of, positive, require
 from llamaq.config.components import Component
 from llamaq.config.deepspeed import DeepSpeedConfig
 from llamaq.config.evaluate import EvaluateConfig
@@ -104,18 +104,20 @@ class Config:
 
     checkpoint_dir: str = MISSING
     """Folder of the BF16 checkpoint the run starts from. Hugging Face (`config.json`, `*.safetensors`), Meta
-    (`consolidated.00.pth`) or torchtune. Start from your fine-tuned checkpoint if you have one."""
+    (`params.json`, `consolidated.00.pth`) or torchtune. Start from your fine-tuned checkpoint if you have one."""
 
-    model: Component = MISSING
-    """The model's shape, e.g. `torchtune.models.llama3_2.llama3_2_1b`. `_component_` is a function that returns a
-    torchtune `TransformerDecoder` of Llama 3.2's form: a head tied to the embedding, no biases. For other sizes use
-    `torchtune.models.llama3_2.llama3_2` with `num_layers`, `embed_dim` and so on. Other families need work
-    (CONTRIBUTING.md)."""
+    model: Component = field(default_factory=dict)
+    """The model. Leave it out: `checkpoint_dir` says what it is (Llama 3.x, SmolLM2 and others of their form, Qwen2.5,
+    Qwen3). `model.max_seq_len=4096` alone keeps fewer positions than the checkpoint has. With `_component_`, a function
+    that returns a torchtune `TransformerDecoder`, e.g. `torchtune.models.llama3_2.llama3_2_1b`, or
+    `torchtune.models.llama3_2.llama3_2` with `num_layers`, `embed_dim` and so on, the section says all of it. That is
+    needed for torchtune's own checkpoints and with `base`. A number that contradicts the checkpoint is an error."""
 
-    tokenizer: Component = MISSING
-    """The tokenizer, e.g. `torchtune.models.llama3.llama3_tokenizer`. `path` is Meta's `tokenizer.model`; Hugging
-    Face's `tokenizer.json` is not read. `max_seq_len` is the most tokens of a training sample and the length of
-    calibration windows."""
+    tokenizer: Component = field(default_factory=dict)
+    """The tokenizer. Leave out `_component_` and `path`: it is `tokenizer.json` or Meta's `tokenizer.model` in
+    `checkpoint_dir`. `max_seq_len` is the most tokens of a training sample and the length of calibration windows; unset
+    it is 2048, or the model's positions if they are fewer. A tokenizer from elsewhere is e.g.
+    `torchtune.models.llama3.llama3_tokenizer` with `path: tokenizer.model`."""
 
     corpus: Component | None = None
     """A function that makes the data first, e.g. `llamaq.data.corpus.tiny_chat`. It writes data files (and perhaps a
@@ -199,8 +201,9 @@ class Config:
                 f"output_dir={self.output_dir}: its full path contains '{word}', which makes ExecuTorch 1.4.1's "
                 "loader take a dead branch; choose another folder",
             )
-        for name in ("model", "tokenizer", "corpus"):
-            has_component(name, getattr(self, name))
+        for name in ("model", "tokenizer"):
+            is_component(name, getattr(self, name))
+        has_component("corpus", self.corpus)
         for f in fields(self):
             section: Any = getattr(self, f.name)
             if is_dataclass(section):

@@ -31,7 +31,17 @@ PATHS = frozenset(
     ]
 )
 # arguments of components (tokenizers, datasets) that hold a path or the name of something, whatever it looks like
-COMPONENT_PATHS = ("path", "special_tokens_path", "merges_file", "source", "data_files", "data_dir")
+COMPONENT_PATHS = (
+    "path",
+    "special_tokens_path",
+    "merges_file",
+    "chat_template",
+    "generation_config",
+    "source",
+    "data_files",
+    "data_dir",
+)
+MAY_BE_UNNAMED = ("model", "tokenizer")  # sections whose `_component_` may come from the checkpoint
 COMPONENT_TEXTS = ("_component_", *COMPONENT_PATHS)
 TEXT = frozenset([str, list[str], dict[str, str]])
 
@@ -146,7 +156,7 @@ def expand_home(node: Any, prefix: str = "") -> None:
             for item in value:
                 expand_home(item, f"{path}.")
         else:
-            in_component = isinstance(value, dict) and "_component_" in value
+            in_component = isinstance(value, dict) and ("_component_" in value or path in MAY_BE_UNNAMED)
             setattr(node, f.name, _expanded(value, path in PATHS, in_component))
 
 

@@ -32,6 +32,7 @@ NEUTRAL = frozenset(
         "device",
         "activation_checkpointing",
         "evaluate.batch_size",
+        "export.trust_adapters",  # lets a folder in or not; what it holds is an argument of its own
         *(f"{stage}.{key}" for stage in ("base", "qat", "qat_lora", "qat_dpo") for key in _OF_TRAINING),
     ]
 )

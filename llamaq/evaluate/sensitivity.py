@@ -40,7 +40,8 @@ def units_of(model: CausalLM) -> dict[str, list[Any]]:
     units: dict[str, list[Any]] = {
         name: [m] for name, m in model.decoder.named_modules() if name.endswith(LINEARS) and hasattr(m, "fmt")
     }
-    return units | {ENDS: [model.decoder.tok_embeddings]}  # the tied head reads its embedding's format
+    ends = [model.decoder.tok_embeddings]  # a tied head reads its embedding's format
+    return units | {ENDS: ends if model.head.tied else [*ends, model.head.matrix]}
 
 
 @contextmanager

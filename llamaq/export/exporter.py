@@ -18,7 +18,7 @@ from llamaq.checkpoints.meta import PARAMS, WEIGHTS, feed_forward_width
 from llamaq.checkpoints.quantized import rotation_block
 from llamaq.config import ExportConfig
 from llamaq.errors import UserError
-from llamaq.export.patches import adapters_as_methods, hadamard_operator, light_tracing, online_blocks, true_lengths
+from llamaq.export.patches import adapters_as_methods, as_trained, hadamard_operator, light_tracing, true_lengths
 from llamaq.quiet import quiet
 from llamaq.runs.ticker import ticker
 from llamaq.runs.tracking import progress
@@ -58,7 +58,8 @@ def executorch_arguments(
         "--max_seq_length": _length_to_tell(options),
         "--max_context_length": options.max_context_length,
     }
-    arguments = ["--model", "llama3_2", "--checkpoint", str(checkpoint / WEIGHTS), "--params", str(checkpoint / PARAMS)]
+    model = "llama3_1" if "rope_scale_factor" in params else "llama3_2"  # the latter's factor is 32, whatever is said
+    arguments = ["--model", model, "--checkpoint", str(checkpoint / WEIGHTS), "--params", str(checkpoint / PARAMS)]
     arguments += ["--use_sdpa_with_kv_cache", "-kv", "-X", "-d", dtype]
     arguments += [word for flag, tokens in lengths.items() for word in (flag, str(tokens))]
     arguments += ["--output-dir", str(output.parent), "--output_name", output.stem]
@@ -107,7 +108,7 @@ def load_eager(checkpoint: Path, max_length: int) -> nn.Module:
     """
     arguments = executorch_arguments(checkpoint, checkpoint / "eager", _of_length(max_length))
     arguments = [a for a in arguments if a not in ("--use_sdpa_with_kv_cache", "-kv")]
-    with quiet(), online_blocks(checkpoint):
+    with quiet(), as_trained(checkpoint):
         from executorch.examples.models.llama.export_llama_lib import get_llama_model
 
         model, _, _ = get_llama_model(_config(arguments, full_logits=True))
@@ -125,7 +126,7 @@ def eager_cached_logits(checkpoint: Path, contexts: list[list[int]], options: Ex
     cache = ExportConfig(quantize_kv_cache=options.quantize_kv_cache, dynamic_shape=options.dynamic_shape)
     arguments = executorch_arguments(checkpoint, checkpoint / "eager", _of_length(length, cache))
     hadamard_operator()  # registers the cache's operators
-    with quiet(), online_blocks(checkpoint):
+    with quiet(), as_trained(checkpoint):
         from executorch.examples.models.llama.export_llama_lib import get_llama_model
 
         model, _, _ = get_llama_model(_config(arguments))
@@ -180,7 +181,7 @@ def export_pte(
     checkpoint, output, options = Path(checkpoint), Path(output), options or ExportConfig()
     arguments = executorch_arguments(checkpoint, output, options, metadata, dtype)
     thread = threading.get_ident()
-    with quiet() as printed, online_blocks(checkpoint), light_tracing(), true_lengths(), adapters_as_methods():
+    with quiet() as printed, as_trained(checkpoint), light_tracing(), true_lengths(), adapters_as_methods():
         from executorch.examples.models.llama.export_llama_lib import export_llama
 
         config = _config(arguments, options.full_logits)

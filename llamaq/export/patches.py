@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamaq.checkpoints.meta import feed_forward_width
+from llamaq.checkpoints.meta import PARAMS, feed_forward_width
 from llamaq.checkpoints.quantized import rotation_block
 from llamaq.quiet import quiet
 
@@ -24,6 +24,51 @@ def hadamard_operator() -> Any:
     with quiet():
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
     return torch.ops.llama.fast_hadamard_transform
+
+
+@contextlib.contextmanager
+def as_trained(checkpoint: Path) -> Iterator[None]:
+    """Let ExecuTorch's model compute what was trained where its own code does not; see `beyond_stock`."""
+    with online_blocks(checkpoint), adapters_beside_biases():
+        yield
+
+
+def beyond_stock(params: dict[str, Any]) -> str:
+    """Say what of a checkpoint ExecuTorch's exporter does not compute unless llamaq patches it; empty if nothing.
+
+    Args:
+        params: the checkpoint's params.json.
+    """
+    hidden = feed_forward_width(params)
+    block = rotation_block(params, hidden, PARAMS) if "quantization_args" in params else 0
+    if block not in (0, hidden):
+        return f"its online rotation takes no width of {hidden}, and this model has it in blocks of {block}"
+    if params.get("attention_qkv_bias") and "lora_args" in params:
+        return "it leaves out the biases of q, k and v where there are adapters"
+    return ""
+
+
+@contextlib.contextmanager
+def adapters_beside_biases() -> Iterator[None]:
+    """Let linears with an adapter keep their bias, which ExecuTorch's loader leaves out (`bias=False`)."""
+    from executorch.examples.models.llama.source_transformation import lora
+
+    theirs = lora._replace_linear_8da4w_for_lora
+
+    def replace(module: nn.Module, checkpoint: Any, lora_rank: int) -> None:
+        biases = {n: m.bias for n, m in module.named_modules() if isinstance(getattr(m, "bias", None), Tensor)}
+        theirs(module, checkpoint, lora_rank)
+        for name, bias in biases.items():
+            linear = module.get_submodule(name)
+            if linear.bias is None:  # an attribute in the place of the buffer
+                del linear.bias
+                linear.register_buffer("bias", bias)
+
+    lora._replace_linear_8da4w_for_lora = replace
+    try:
+        yield
+    finally:
+        lora._replace_linear_8da4w_for_lora = theirs
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def _stored_bytes(name: str, t: Tensor) -> np.ndarray:
 def size_parts(checkpoint: Path, pte: Path) -> dict[str, int]:
     """Count the bytes of a quantized .pte by what they hold; what is not a tensor is the program."""
     tensors = torch.load(checkpoint / WEIGHTS, mmap=True, weights_only=True)
-    parts = dict.fromkeys(("int4 codes", "group scales", "embedding", "head", "adapters", "norms"), 0)
+    parts = dict.fromkeys(("int4 codes", "group scales", "embedding", "head", "adapters", "norms"), 0)  # and biases
     for name, t in tensors.items():
         if name.startswith("tok_embeddings."):
             part = "embedding"
@@ -148,7 +148,7 @@ def size_parts(checkpoint: Path, pte: Path) -> dict[str, int]:
             part = "head"
         elif ".adaptor." in name:
             part = "adapters"
-        elif name.endswith("norm.weight"):
+        elif name.endswith(("norm.weight", "norm_fn.weight", ".bias")):
             part = "norms"
         else:
             part = "group scales" if name.endswith(".scales") else "int4 codes"

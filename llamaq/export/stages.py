@@ -44,9 +44,11 @@ def export_model(
     def build(folder: Path) -> dict[str, Any]:
         model, checkpoint = make(), folder / "model"
         if full_precision:
-            save_float(checkpoint, model.decoder.state_dict(), model_params(model.decoder))
+            save_float(checkpoint, model.weights(), model_params(model.decoder))
         else:
-            save_quantized(checkpoint, freeze(copy.deepcopy(model.decoder)), scheme_of(c))
+            frozen: Any = freeze(copy.deepcopy(model), head="head")
+            save_quantized(checkpoint, frozen.decoder, scheme_of(c), head=frozen.head)
+            del frozen
         del model
         result = export_checked(c, checkpoint, folder / "model.pte", make, context)
         shutil.rmtree(checkpoint)  # all of it is in the .pte

@@ -10,6 +10,19 @@ from llamaq.model.compare import chunks, kl_divergence
 from llamaq.quant.modules import TiedHead
 
 
+class _Headless(nn.Identity):
+    """What stands in a decoder for its head: torchtune's decoder then ends with the final norm."""
+
+    def __init__(self, tied: bool):
+        super().__init__()
+        self.tied = tied
+
+
+def torchtune_name(name: str) -> str:
+    """Return torchtune's name of a parameter of `CausalLM`, which is its name in checkpoints."""
+    return name.replace("head.matrix.", "output.") if name.startswith("head.") else name.removeprefix("decoder.")
+
+
 class CausalLM(nn.Module):
     """A decoder and its head, as one module that gives logits or the log-probabilities of labels.
 
@@ -21,8 +34,12 @@ class CausalLM(nn.Module):
         super().__init__()
         assert isinstance(decoder.output, TiedHead), "prepare the decoder first"
         self.head = decoder.output
-        decoder.output = nn.Identity()  # torchtune's decoder now ends with the final norm
+        decoder.output = _Headless(self.head.tied)
         self.decoder = decoder
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return all parameters and buffers under torchtune's names, as checkpoints have them."""
+        return {torchtune_name(name): t for name, t in self.state_dict().items()}
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
         """Return the final normalized states: [b, s] → [b, s, dim]."""

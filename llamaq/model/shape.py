@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from llamaq.config import Component
 from llamaq.model.build import meta_decoder
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama decoder whose head is tied to its embedding."""
+    """Sizes and forms of a decoder."""
 
     layers: int
     dim: int  # width of the residual stream
@@ -18,6 +20,9 @@ class Shape:
     head_dim: int
     hidden: int  # width between w1, w3 and w2
     vocab: int = 0
+    tied: bool = True  # whether the head is the embedding's matrix
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     @classmethod
     def of(cls, decoder: Any) -> "Shape":
@@ -31,6 +36,9 @@ class Shape:
             head_dim=attn.head_dim,
             hidden=mlp.w1.out_features,
             vocab=(embedding.weight if hasattr(embedding, "weight") else embedding.codes).shape[0],
+            tied=getattr(decoder.output, "tied", not isinstance(decoder.output, nn.Linear)),
+            qkv_bias=attn.q_proj.bias is not None,
+            qk_norm=attn.q_norm is not None,
         )
 
     @property
@@ -40,8 +48,13 @@ class Shape:
 
     @property
     def embedding(self) -> int:
-        """Count the weights of the embedding, which are the head's too."""
+        """Count the weights of the embedding; a head has as many, which are the same ones if it is tied."""
         return self.vocab * self.dim
+
+    @property
+    def ends(self) -> int:
+        """Count the weights of embedding and head together."""
+        return self.embedding * (1 if self.tied else 2)
 
     @property
     def linears(self) -> int:
@@ -50,8 +63,10 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """Count all weights: linears, embedding, two norms a block and the last one."""
-        return self.linears + self.embedding + (2 * self.layers + 1) * self.dim
+        """Count all weights: linears, embedding, head, norms and biases."""
+        norms = (2 * self.layers + 1) * self.dim + self.layers * 2 * self.head_dim * self.qk_norm
+        biases = self.layers * (self.heads * self.head_dim + 2 * self.kv_dim) * self.qkv_bias
+        return self.linears + self.ends + norms + biases
 
     @property
     def adapters_per_rank(self) -> int:

@@ -35,7 +35,7 @@ def stage_bytes(shape: Shape, training: TrainingConfig, c: Config, seq_len: int,
     latent, adapted, bf16 = kind != "qat_lora", kind != "qat", c.dtype == "bf16"
     trained = shape.weights * latent + shape.adapters_per_rank * c.adapters.rank * adapted
     weights, gradients, optimizer = sharded(trained * 4.0, c)
-    codes = 0.0 if latent else (shape.linears + shape.embedding) * 1.0
+    codes = 0.0 if latent else (shape.linears + shape.ends) * 1.0
     teacher = shape.weights * 4.0 if training.distill_weight else 0.0
     tokens = training.batch_size * seq_len * (2 if kind == "qat_dpo" else 1)
 
@@ -126,7 +126,7 @@ def spinquant_bytes(shape: Shape, c: Config, seq_len: int) -> tuple[dict[str, fl
     moments = 4.0 * shape.layers * (2 * shape.dim**2 + shape.dim**2)  # two sites; values' blocks are at most one more
     batch = 4.0 * (tokens * (shape.layers * shape.dim + 8 * shape.dim + 4 * shape.hidden))
     logits = 3 * 4.0 * min(tokens, HEAD_CHUNK_TOKENS) * shape.vocab
-    model = 4.0 * (shape.weights + shape.embedding)  # the head is its own matrix once rotated
+    model = 4.0 * (shape.weights + shape.embedding * shape.tied)  # the head is its own matrix once rotated
     windows = 4.0 * shape.dim * seq_len * sum(p.num_samples for p in s.calibration)
     step = 4.0 * 10 * shape.dim**2  # R1, its gradient, Adam's moments and what Cayley's solve keeps
     device = {"model": model, "second moments": moments, "one batch": batch + logits, "one Cayley step": step}

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamaq.checkpoints.load import check_start
 from llamaq.checkpoints.meta import model_params
+from llamaq.checkpoints.peft_config import check_peft
 from llamaq.config import Component, Config, TrainingConfig
 from llamaq.config.components import instantiate
 from llamaq.data.batches import check_ranks
@@ -37,6 +39,8 @@ def preflight(c: Config) -> str:
     if uses_deepspeed(c):
         check_deepspeed(c, device.type)
     decoder = check_model(c)
+    if c.base is None:
+        check_start(c.checkpoint_dir, decoder)
     check_lengths(c, decoder)
     prepare(decoder, scheme_of(c))
     model_params(decoder)
@@ -125,15 +129,18 @@ def check_prompt(c: Config, tokenizer: Any = None) -> None:
 
 
 def check_adapters(c: Config) -> None:
-    """Check that the adapters to be exported with the model are there; the run may still make those in its own folder.
+    """Check the adapters to be exported with the model; the run may still make those in its own folder.
 
     Raises:
-        UserError: naming the folder that is missing.
+        UserError: naming the folder that is missing or cannot be applied.
     """
     own = Path(c.output_dir).absolute()
     for name, folder in c.export.adapters.items():
-        if not Path(folder).is_dir() and own not in Path(folder).absolute().parents:
-            raise UserError(f"export.adapters.{name}={folder}: no such folder; give one that PEFT has written")
+        if own not in Path(folder).absolute().parents:
+            try:
+                check_peft(Path(folder), c.adapters.rank, c.export.trust_adapters)
+            except UserError as e:
+                raise UserError(f"export.adapters.{name}={e}") from e
 
 
 # --- a training stage ------------------------------------------------------------------------------------------------

@@ -71,11 +71,15 @@ class Adapter(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """A linear without bias in either state: it quantizes its input and adds its adapter, if there is one."""
+    """A linear in either state: it quantizes its input, and adds its bias and its adapter, if there are any.
 
-    def __init__(self, in_features: int, out_features: int, fmt: WeightFormat | None):
+    A bias (Qwen2's q, k and v have one) stays float32, like the norms.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fmt: WeightFormat | None, bias: nn.Parameter | None = None):
         super().__init__()
         self.in_features, self.out_features, self.fmt = in_features, out_features, fmt
+        self.bias = bias
         self.adapter: Adapter | None = None
 
     def quantized_weight(self) -> Tensor:
@@ -83,15 +87,15 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(fake_quantize_activation(x) if self.fmt else x, self.quantized_weight())
+        y = F.linear(fake_quantize_activation(x) if self.fmt else x, self.quantized_weight(), self.bias)
         return y if self.adapter is None else y + self.adapter(x)
 
 
 class LatentLinear(QuantizedLinear):
     """A linear with a float weight [out, in], fake-quantized in every forward pass."""
 
-    def __init__(self, weight: Tensor, fmt: WeightFormat | None):
-        super().__init__(weight.shape[1], weight.shape[0], fmt)
+    def __init__(self, weight: Tensor, fmt: WeightFormat | None, bias: nn.Parameter | None = None):
+        super().__init__(weight.shape[1], weight.shape[0], fmt, bias)
         self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
 
     def quantized_weight(self) -> Tensor:
@@ -105,8 +109,8 @@ class FrozenLinear(QuantizedLinear):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, codes: Tensor, scales: Tensor, fmt: WeightFormat):
-        super().__init__(codes.shape[1], codes.shape[0], fmt)
+    def __init__(self, codes: Tensor, scales: Tensor, fmt: WeightFormat, bias: nn.Parameter | None = None):
+        super().__init__(codes.shape[1], codes.shape[0], fmt, bias)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
 
@@ -160,6 +164,8 @@ class TiedHead(nn.Module):
     state-dict key.
     """
 
+    tied = True
+
     def __init__(self, embedding: LatentEmbedding | FrozenEmbedding):
         super().__init__()
         self._embedding = (embedding,)
@@ -181,6 +187,8 @@ class TiedHead(nn.Module):
 
 class UntiedHead(TiedHead):
     """A head with its own matrix, which computes as `TiedHead` does. Rotating a model unties its head."""
+
+    tied = False
 
     def __init__(self, matrix: LatentEmbedding | FrozenEmbedding):
         super().__init__(matrix)

@@ -37,7 +37,7 @@ def prepare(
     """Replace linears, embedding and head by their latent versions.
 
     Parameters keep their storage and their names, so a float state dict still loads. (The matrix of an untied head gets
-    a new name.)
+    a new name; `CausalLM.weights` has the old one.)
 
     Args:
         model: a float model.
@@ -47,7 +47,7 @@ def prepare(
         head: name of the head: an `nn.Linear`, or whatever the model calls where the head is tied.
 
     Raises:
-        UserError: the group size does not divide a row, a linear has a bias, or no linear matches.
+        UserError: the group size does not divide a row or is a whole one, or no linear matches.
     """
     _prepare_linears(model, scheme, linears)
     old = model.get_submodule(embedding)
@@ -70,9 +70,12 @@ def _prepare_linears(model: nn.Module, scheme: Scheme | None, linears: re.Patter
                 f"{name} has {linear.in_features} inputs, which scheme.group_size={scheme.group_size} does not divide; "
                 "choose another group size or model"
             )
-        if linear.bias is not None:
-            raise UserError(f"{name} has a bias; the scheme has none")
-        replace(model, name, LatentLinear(linear.weight, scheme.linear if scheme else None))
+        if scheme and linear.in_features == scheme.group_size:
+            raise UserError(
+                f"{name} has {linear.in_features} inputs, one group of scheme.group_size={scheme.group_size}, and "
+                "ExecuTorch cannot load a single scale a row; choose a smaller group size"
+            )
+        replace(model, name, LatentLinear(linear.weight, scheme.linear if scheme else None, linear.bias))
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, seed: int = 0) -> nn.Module:
@@ -93,7 +96,7 @@ def freeze(model: nn.Module, head: str = "output") -> nn.Module:
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, LatentLinear) and module.fmt:
-            new = FrozenLinear(*codes_and_scales(module), module.fmt)
+            new = FrozenLinear(*codes_and_scales(module), module.fmt, module.bias)
             new.adapter = module.adapter
             replace(model, name, new)
         elif isinstance(module, LatentEmbedding) and module.fmt:

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 from llamaq.config import Config, check_sections, load, parse_arguments
 from llamaq.errors import UserError
+from llamaq.families import complete
 from llamaq.runs import signals
 from llamaq.runs.pulse import COLLECTIVE_SECONDS, LostRankError
 from llamaq.runs.ranks import everywhere, from_rank_zero, rank, say
@@ -30,6 +31,7 @@ def main(recipe: Callable[[Run], None], usage: str | None, needs: Sequence[str] 
         name, overrides = parse_arguments(sys.argv[1:], usage or "")
         config = load(name, overrides)
         check_sections(config, needs, name)
+        config = complete(config)
         join_process_group(config)
         run = Run(config, SignalHooks())
         check_workers(config, from_rank_zero(lambda: run.id))

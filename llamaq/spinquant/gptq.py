@@ -220,11 +220,12 @@ def round_layers(
         for names in SAME_INPUT:  # in the order they compute: those before are rounded already
             h, cross = _moments(layer, exact_layer, names[0], x, exact, how.quantized_inputs, device)
             for name in names:
-                w = layer.get_submodule(name).weight.detach().float()
+                linear = layer.get_submodule(name)
+                w = linear.weight.detach().float()
                 target = w if cross is None else matching_weight(w, h, cross, how.damping)
                 codes, scales = gptq(target, h, fmt, how)
                 reports.append(_report(f"layers.{i}.{name}", w, h, codes, scales, fmt, how))
-                replace(layer, name, FrozenLinear(codes, scales, fmt))
+                replace(layer, name, FrozenLinear(codes, scales, fmt, linear.bias))
         x = [layer(t.to(device)).to(home) for t in x]
         if exact_layer is not None:
             exact = [exact_layer(t.to(device)).to(home) for t in exact]

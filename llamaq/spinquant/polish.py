@@ -26,7 +26,7 @@ class _ScaledLinear(QuantizedLinear):
     start: Tensor
 
     def __init__(self, linear: FrozenLinear):
-        super().__init__(linear.in_features, linear.out_features, linear.fmt)
+        super().__init__(linear.in_features, linear.out_features, linear.fmt, linear.bias)
         self.register_buffer("codes", linear.codes)
         self.register_buffer("start", linear.scales)
         self.theta = nn.Parameter(torch.zeros_like(linear.scales))
@@ -42,7 +42,7 @@ class _ScaledLinear(QuantizedLinear):
     def frozen(self) -> FrozenLinear:
         """Return the linear with its trained scales."""
         assert self.fmt is not None
-        return FrozenLinear(self.codes, self.scales().detach(), self.fmt)
+        return FrozenLinear(self.codes, self.scales().detach(), self.fmt, self.bias)
 
 
 def polish(

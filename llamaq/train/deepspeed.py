@@ -54,8 +54,9 @@ class DeepSpeedEngine(Engine):
             settings["zero_optimization"]["memory_efficient_linear"] = False
         if self.zero == 3:  # shard before anything is on a GPU: the whole model never is
             deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
-            for p in model.decoder.tok_embeddings.parameters():  # read by the head too, outside their module
-                deepspeed.zero.register_external_parameter(model, p)
+            for matrix in (model.decoder.tok_embeddings, model.head):  # the head's is read outside its module
+                for p in matrix.parameters():
+                    deepspeed.zero.register_external_parameter(model, p)
         super().__init__(ready_to_train(model, c, device), training, stage, total_steps, c)
         check_optimizer(self.optimizer, c)
         self.deepspeed, *_ = deepspeed.initialize(

@@ -13,7 +13,7 @@ from llamaq.config import Config, TrainingConfig
 from llamaq.data.batches import Batch, SampleOrder, check_ranks, micro_batch_size, micro_batches, num_micro_batches
 from llamaq.errors import UserError
 from llamaq.model.build import pick_device
-from llamaq.model.causal_lm import CausalLM
+from llamaq.model.causal_lm import CausalLM, torchtune_name
 from llamaq.runs import signals
 from llamaq.runs.manifest import CHECKPOINTS
 from llamaq.runs.ranks import rank, say, world_size
@@ -114,7 +114,7 @@ def train(
                     say(f"{stage}: checkpoint of step {step} written just in time")
         if last:
             tracker.summary({"final_loss": last["loss"]})
-    weights = {name.removeprefix("decoder."): w for name, w in engine.weights().items()}
+    weights = {torchtune_name(name): w for name, w in engine.weights().items()}
     engine.close()
     rows = read_metrics(session.folder / METRICS) if rank() == 0 else []
     return {"steps": steps, "samples": len(samples), "first": rows[0], "last": rows[-1]} if rows else {}, weights

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ADAPTERS, MODEL, saved_variant, trained_like
 
-from llamaq.checkpoints.peft import BACKBONE, save_peft, with_adapters
+from llamaq.checkpoints.peft import save_peft, with_adapters
+from llamaq.checkpoints.peft_config import BACKBONE
 from llamaq.checkpoints.quantized import backbone_hash
 from llamaq.config import ExportConfig
 from llamaq.data.corpus import tiny_chat

@@ -104,6 +104,27 @@ def test_sizes_that_do_not_fit_together_are_named(folder, overrides, message):
     assert message in refusal(folder, *overrides)
 
 
+def test_a_checkpoint_that_is_another_model_or_quantized_is_refused_before_anything_trains(folder, tmp_path):
+    from folders import write_folder
+
+    write_folder(tmp_path)
+    start = ["~base", f"checkpoint_dir={tmp_path}"]
+    said = refusal(folder, *start)
+    assert f"{tmp_path}/config.json: vocab_size is 768, but the model of this config has vocab_size 640" in said
+    (tmp_path / "model.safetensors").unlink()
+    assert "download the weights too" in refusal(folder, *start)
+
+
+def test_adapters_of_others_are_checked_before_anything_trains(folder, tmp_path):
+    said = refusal(folder, f"export.adapters.sql={tmp_path}")
+    assert said == f"export.adapters.sql={tmp_path} has no adapter_config.json; give a folder that PEFT has written"
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16, "lora_alpha": 32}')
+    said = refusal(folder, f"export.adapters.sql={tmp_path}")
+    assert "has no backbone.json" in said and "set export.trust_adapters=true" in said
+    said = refusal(folder, f"export.adapters.sql={tmp_path}", "export.trust_adapters=true")
+    assert f"{tmp_path}/adapter_model.safetensors is missing" in said
+
+
 def test_adapters_that_the_run_still_makes_are_waited_for(folder):
     preflight(small(folder, f"export.adapters.sql={folder}/convert/adapter"))
 

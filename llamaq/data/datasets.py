@@ -49,7 +49,7 @@ def build_dataset(
     if form is None:
         return _foreign(component, tokenizer, setting)
     if component.get("streaming") and limit is None:
-        raise UserError(f"{setting}.streaming=true: only a training stage with max_steps can take a stream; leave it out")
+        raise UserError(f"{setting}.streaming=true: only a stage with max_steps can take a stream")
     prepared = prepare(component, form, tokenizer, setting, cache, limit)
     for line in report(prepared, setting):
         _say_once(line)
@@ -67,15 +67,22 @@ def check_files(component: Component, setting: str) -> None:
         local_files(component, form, setting)
 
 
-def training_samples(training: TrainingConfig, tokenizer: Any, stage: str, cache: Path | None) -> Any:
-    """Build a training stage's dataset. Rank 0 prepares it, which may take long, and then every rank maps it."""
+def training_samples(training: TrainingConfig, tokenizer: Any, stage: str, cache: Path) -> Any:
+    """Build a training stage's dataset. Every rank calls it."""
     setting, component = f"{stage}.dataset", training.dataset
     limit = None
     if component.get("streaming"):
         if training.max_steps is None:
             raise UserError(f"{setting}.streaming=true: a stream may have no end; set {stage}.max_steps")
         limit = training.max_steps * training.global_batch_size
-    if cache is not None and form_of(component, setting) is not None:
+    return build_on_all_ranks(component, tokenizer, setting, cache, limit)
+
+
+def build_on_all_ranks(
+    component: Component, tokenizer: Any, setting: str, cache: Path, limit: int | None = None
+) -> Any:
+    """Build a dataset as `build_dataset` does, called by every rank: one prepares it, then all map it."""
+    if form_of(component, setting) is not None:
         from_rank_zero(lambda: len(build_dataset(component, tokenizer, setting, cache, limit)))
     return build_dataset(component, tokenizer, setting, cache, limit)
 
@@ -156,4 +163,3 @@ class _Chosen(Sequence):
     def __getitem__(self, index: int) -> Any:
         sample = self.dataset[self.indices[index]]
         return {**sample, "index": index} if self.pairs else sample
-

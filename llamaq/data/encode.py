@@ -27,7 +27,7 @@ NO_ROOM = "have a prompt that leaves no room for an answer within tokenizer.max_
 NOT_LEARNED = "have no answer to be learned (weight 0)"
 EQUAL_AFTER_CUT = "have answers that are equal as far as tokenizer.max_seq_len reaches"
 TEMPLATE_TEXT = "hold a chat template's special tokens as text, which is trained on as ordinary text"
-_OF_TEMPLATES = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "<start_of_turn>", "[INST]", "[/INST]")
+_OF_TEMPLATES = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "<start_of_turn>", "[INST]")
 PROBLEMS_SHOWN = 3
 
 
@@ -53,8 +53,6 @@ class Encoder:
     def __init__(self, form: Form, tokenizer: Any):
         self.form, self.tokenizer = form, tokenizer
         self.length = tokenizer.max_seq_len or None
-        self.unlimited = copy.copy(tokenizer)
-        self.unlimited.max_seq_len = None
         self._encode: Callable[[Any, list[str]], tuple[list[tuple[Marked, ...]], bool]] = {
             "pairs": self._pair,
             "text": self._text,
@@ -131,7 +129,7 @@ class Encoder:
         Raises:
             Skip: nothing is left to learn.
         """
-        tokens, learn = tokenize_chat(self.unlimited, Conversation(messages, tools), self.form)
+        tokens, learn = tokenize_chat(self.tokenizer, Conversation(messages, tools), self.form)
         if not any(learn[1:]):
             raise Skip(NOT_LEARNED)
         if self.length is None or len(tokens) <= self.length:
@@ -213,7 +211,9 @@ def _by_torchtune(tokenizer: Any, conversation: Conversation, form: Form) -> tup
         is_new = m["role"] == "system" and form.new_system_prompt is not None
         learned = m["role"] == "assistant" or (form.train_on_input and not is_new)
         turns.append(Turn(role=m["role"], content=m["content"], masked=not (learned and m.get("weight", 1))))
-    tokens, mask = tokenizer.tokenize_messages(turns)
+    unlimited = copy.copy(tokenizer)
+    unlimited.max_seq_len = None
+    tokens, mask = unlimited.tokenize_messages(turns)
     return tokens, [not masked for masked in mask]
 
 
@@ -225,4 +225,3 @@ def fingerprint_of(tokenizer: Any) -> str:
         known = hashlib.sha256(repr((sorted(ranks.items()), sorted(tokenizer.special_tokens.items()))).encode())
         known = f"{known.hexdigest()} {tokenizer.prompt_template}"
     return f"{known} {tokenizer.max_seq_len}"
-

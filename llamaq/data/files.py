@@ -34,7 +34,7 @@ class Problem(Exception):  # noqa: N818 (it is about a row of the user's, and is
     """What is wrong with a row, as the rest of a sentence that begins with the row's place."""
 
 
-class _Twice(ValueError):
+class _TwiceError(ValueError):
     pass
 
 
@@ -125,7 +125,7 @@ def _blocks(path: Path, raw: IO[bytes], field: str | None) -> Iterator[Block]:
 
 
 def _lines(path: Path, raw: IO[bytes], stream: IO[bytes], head: bytes) -> Iterator[Block]:
-    """Yield blocks of whole lines, which end with \\n, \\r\\n or \\r."""
+    r"""Yield blocks of whole lines, which end with \n, \r\n or \r."""
     first, rest, position = 1, head, 0
     while True:
         chunk = stream.read(BLOCK_BYTES)
@@ -167,7 +167,8 @@ def _parsed(line: bytes) -> Any:
             f"{SAVE_AS_UTF8}"
         )
     except (ValueError, RecursionError) as e:
-        return Problem(_why_not_json(e))
+        comma = line.rstrip().endswith(b",") and isinstance(e, ValueError) and "Extra data" in str(e)
+        return Problem(" ends with a comma; write rows without one between them" if comma else _why_not_json(e))
     if not isinstance(value, dict):
         return Problem(f" is not a JSON object but {kind_of(value)}; write a row as {{…}}")
     return _with_whole_characters(value, text)
@@ -177,12 +178,12 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(items)
     if len(made) != len(items):
         names = [name for name, _ in items]
-        raise _Twice(next(n for n in names if names.count(n) > 1))
+        raise _TwiceError(next(n for n in names if names.count(n) > 1))
     return made
 
 
 def _why_not_json(e: Exception) -> str:
-    if isinstance(e, _Twice):
+    if isinstance(e, _TwiceError):
         return f" has the key '{e}' twice in one object; keep one"
     if isinstance(e, RecursionError):
         return " is nested too deeply"
@@ -264,7 +265,7 @@ class _Reader:
                     text = self.text[:end]
                     self.drop(end)
                     return value, text
-            except _Twice as e:
+            except _TwiceError as e:
                 raise UserError(f"{self.path}: the value that begins in line {self.line}{_why_not_json(e)}") from e
             except json.JSONDecodeError as e:
                 unfinished = e.msg.startswith("Unterminated") or e.pos > len(self.text) - _FAR
@@ -295,7 +296,7 @@ def _values(path: Path, raw: IO[bytes], stream: IO[bytes], head: bytes, array: b
             yield Block(str(path), "rows", rows, read=position - before)
             rows = []
         if array and reader.next_character() not in (",", "]"):
-            raise UserError(f"{path} line {reader.line} is not valid JSON (a comma or ] is missing behind item {count})")
+            raise UserError(f"{path} line {reader.line} is not valid JSON (no comma or ] behind item {count})")
         if array and reader.text[:1] == ",":
             reader.drop(1)
     if array:

@@ -41,9 +41,9 @@ SCORES = (  # columns of the two answers' scores
     ("chosen_rating", "rejected_rating"),
 )
 # columns that would change what a row says if they were read; other columns (id, source, score) are passed over
-MEANINGFUL = frozenset(
-    "instruction input context prompt question query history system_prompt functions documents image images audio "
-    "videos reasoning thinking chosen rejected".split()
+MEANINGFUL = (
+    *("instruction", "input", "context", "prompt", "question", "query", "history", "system_prompt", "functions"),
+    *("documents", "image", "images", "audio", "videos", "reasoning", "thinking", "chosen", "rejected"),
 )
 
 

@@ -183,12 +183,12 @@ def check_order(messages: list[Message]) -> None:
     for i, m in enumerate(messages):
         role, where = m["role"], f": message {i + 1}"
         if role == "system" and i > 0:
-            raise Problem(f"{where} is of the system; a system message comes first, and once")
+            raise Problem(f"{where} is of the system, which speaks once and first")
         if role == "user" and before is not None and before["role"] == "user":
-            raise Problem(f"{where} is of the user, as is the one before; join the two")
+            raise Problem(f"{where} is a second message of the user in a row; join the two")
         if role == "assistant" and (before is None or before["role"] not in ("user", "tool")):
-            said = "nothing" if before is None else f"a message of the {before['role']}"
-            raise Problem(f"{where} is of the assistant and follows {said}; a user's has to come before it")
+            after = "comes first" if before is None else f"follows one of the {before['role']}"
+            raise Problem(f"{where} is of the assistant and {after}; a message of the user has to come before it")
         calls_before = before is not None and ("tool_calls" in before or before["role"] == "tool")
         if role == "tool" and not calls_before:
             raise Problem(f"{where} is a tool's result, and the one before calls no tool")

@@ -106,13 +106,13 @@ def _write(
         workers = 1 if small and limit is None else num_cores()
     with (folder / "values.bin").open("wb") as values:
         found = _Found(form, values, tokenizer.max_seq_len or 0)
-        with contextlib.closing(in_order(Encoder(form, tokenizer).block, source.blocks(), workers)) as encoded:
-            with _bar(source, setting) as show:
-                for done in encoded:
-                    found.add(done)
-                    show(found)
-                    if limit is not None and found.enough(limit):
-                        break
+        blocks = in_order(Encoder(form, tokenizer).block, source.blocks(), workers)
+        with contextlib.closing(blocks) as encoded, _bar(source, setting) as show:
+            for done in encoded:
+                found.add(done)
+                show(found)
+                if limit is not None and found.enough(limit):
+                    break
     found.check(source, setting)
     found.save(folder)
 
@@ -139,7 +139,7 @@ class _Found:
         self.skipped: list[np.ndarray] = []
         self.num_rows = self.num_samples = self.tokens = self.learned = self.cut = self.read = self.problems = 0
         self.longest = 0
-        self.shown: list[str] = []
+        self.shown: list[tuple[str, str, str]] = []  # file, place and problem of the first few
         self.reasons: Counter = Counter()
         self.places: dict[str, list[int]] = {}
         self.notes: Counter = Counter()
@@ -147,7 +147,7 @@ class _Found:
     def add(self, done: Encoded) -> None:
         """Take in a block's samples and counts."""
         self.problems += done.problems
-        self.shown += [f"{done.file} {place}{said}" for place, said in done.shown]
+        self.shown += [(done.file, place, said) for place, said in done.shown]
         for reason, rows in done.skipped.items():
             self.reasons[reason] += len(rows)
             self.places.setdefault(reason, []).extend(self.num_rows + r + 1 for r in rows[:PLACES_SHOWN])
@@ -173,15 +173,14 @@ class _Found:
     def check(self, source: Source, setting: str) -> None:
         """Check that no row was wrong, and that some teach something."""
         if self.problems:
-            first, *more = self.shown[:PROBLEMS_SHOWN]
-            rest = f" ({self.problems - 1} more bad rows: {'; '.join(more)})" if more else ""
-            raise UserError(f"{setting}: {first}{rest}")
+            raise UserError(f"{setting}: {said_of(self.shown[:PROBLEMS_SHOWN], self.problems)}")
         if not self.num_rows:
             raise UserError(f"{setting}: the dataset is empty ({source.name})")
         if not self.num_samples:
             reasons = "; ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
             hint = "; raise tokenizer.max_seq_len or shorten the prompts" if NO_ROOM in self.reasons else ""
-            raise UserError(f"{setting}: none of {self.num_rows} rows in {source.name} teaches anything: {reasons}{hint}")
+            none = f"none of {self.num_rows} rows in {source.name} teaches anything"
+            raise UserError(f"{setting}: {none}: {reasons}{hint}")
 
     def save(self, folder: Path) -> None:
         """Write all but the tokens, which are written already, and last the counts."""
@@ -205,3 +204,20 @@ class _Found:
             "notes": dict(self.notes),
         }
         (folder / META).write_text(json.dumps(meta, indent=1))
+
+
+def said_of(problems: list[tuple[str, str, str]], count: int) -> str:
+    """Return a line about bad rows: the first one in full, and where more are.
+
+    Args:
+        problems: file, place and problem of the first few.
+        count: how many there are.
+    """
+    (file, place, said), *others = problems
+    line = f"{file} {place}{said}"
+    if not others:
+        return line
+    shown = [
+        (where if f == file else f"{f} {where}") + (", the same" if what == said else what) for f, where, what in others
+    ]
+    return f"{line} ({count - 1:,} more bad rows: {'; '.join(shown)}{' …' * (count > len(problems))})"

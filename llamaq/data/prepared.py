@@ -1,11 +1,11 @@
 """A tokenized dataset on disk, mapped into memory: samples, packed samples and pairs are slices of it.
 
-    values.bin     int32 [tokens]       ids of all sequences, one after another; ~id where nothing is learned
-    offsets.npy    int64 [n + 1]        where each sequence begins; a pair is two of them, chosen and rejected
-    rows.npy       int64 [samples]      the row of the dataset that each sample was made of
-    skipped.npy    int64 [skipped]      the rows that teach nothing
-    packs.npy      int64 [packs + 1]    where each packed sample begins, if the dataset is packed
-    meta.json                           counts, and what the user is told
+values.bin     int32 [tokens]       ids of all sequences, one after another; ~id where nothing is learned
+offsets.npy    int64 [n + 1]        where each sequence begins; a pair is two of them, chosen and rejected
+rows.npy       int64 [samples]      the row of the dataset that each sample was made of
+skipped.npy    int64 [skipped]      the rows that teach nothing
+packs.npy      int64 [packs + 1]    where each packed sample begins, if the dataset is packed
+meta.json                           counts, and what the user is told
 """
 
 import json

@@ -21,7 +21,8 @@ OWN_SOURCES = ("json", "parquet")
 class Source:
     """A dataset's rows, and what they are recognized by."""
 
-    name: str  # for messages
+    setting: str  # the dataset's section
+    name: str
     identity: Any  # changes with the content
     size: int  # bytes, or rows of a dataset of the Hub; 0 if it is not known
     unit: str  # "bytes" or "rows"
@@ -31,14 +32,21 @@ class Source:
     document: str | None = None  # a text file of which a row is a document
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the rows in blocks."""
-        if self.document is not None:
-            yield from _documents(self.document, self.name)
-        elif self.table is not None:
-            yield from _table(self.table, self.name)
-        else:
-            for path in self.files:
-                yield from blocks_of(path, self.field)
+        """Yield the rows in blocks.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        try:
+            if self.document is not None:
+                yield from _documents(self.document, "source")
+            elif self.table is not None:
+                yield from _table(self.table, self.name)
+            else:
+                for path in self.files:
+                    yield from blocks_of(path, self.field)
+        except UserError as e:
+            raise UserError(f"{self.setting}: {e}") from e
 
 
 def source_of(component: Component, form: Form, setting: str) -> Source:
@@ -50,7 +58,7 @@ def source_of(component: Component, form: Form, setting: str) -> Source:
     files, source = local_files(component, form, setting), str(_source(component))
     if form.kind == "windows":
         file = files[0]
-        return Source(str(file), content_hash(file), file.stat().st_size, "bytes", [], document=source)
+        return Source(setting, str(file), content_hash(file), file.stat().st_size, "bytes", [], document=source)
     return _own(files, component, setting) if files else _of_datasets(source, _arguments(component), setting)
 
 
@@ -102,7 +110,7 @@ def _own(files: list[Path], component: Component, setting: str) -> Source:
         size = sum(file.stat().st_size for file in files)
     except OSError as e:
         raise UserError(f"{setting}.data_files: {e.filename} cannot be read ({e.strerror})") from e
-    return Source(", ".join(map(str, files[:3])), identity, size, "bytes", files, arguments.get("field"))
+    return Source(setting, ", ".join(map(str, files[:3])), identity, size, "bytes", files, arguments.get("field"))
 
 
 def _of_datasets(source: str, arguments: dict[str, Any], setting: str) -> Source:
@@ -121,8 +129,8 @@ def _of_datasets(source: str, arguments: dict[str, Any], setting: str) -> Source
         said = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"{setting}: the datasets library cannot load '{source}': {said}") from e
     if isinstance(table, datasets.IterableDataset):
-        return Source(source, [source, arguments], 0, "rows", [], table=table)
-    return Source(source, [source, table._fingerprint], len(table), "rows", [], table=table)
+        return Source(setting, source, [source, arguments], 0, "rows", [], table=table)
+    return Source(setting, source, [source, table._fingerprint], len(table), "rows", [], table=table)
 
 
 def _table(table: Any, name: str) -> Iterator[Block]:

@@ -11,7 +11,7 @@ from llamaq.checkpoints.meta import model_params
 from llamaq.config import Component, Config, TrainingConfig
 from llamaq.config.components import instantiate
 from llamaq.data.batches import check_ranks
-from llamaq.data.datasets import build_dataset, cache_of, check_files, training_samples
+from llamaq.data.datasets import build_on_all_ranks, cache_of, check_files, training_samples
 from llamaq.data.prepare import keep_only
 from llamaq.data.tokenizer import build_tokenizer, prompt_tokens, tokenizer_of
 from llamaq.errors import UserError
@@ -248,9 +248,7 @@ def check_all_data(c: Config, stages: list[str], others: dict[str, Component], t
     """
     read = [check_training_data(c, name, tokenizer) for name in stages]
     for setting, dataset in others.items():
-        cache = cache_of(c)
-        from_rank_zero(lambda d=dataset, s=setting: len(build_dataset(d, tokenizer, s, cache)))
-        read.append(build_dataset(dataset, tokenizer, setting, cache))
+        read.append(build_on_all_ranks(dataset, tokenizer, setting, cache_of(c)))
         check_longest(c, read[-1], setting)
     used = {samples.prepared.folder.name for samples in read if hasattr(samples, "prepared")}
     from_rank_zero(lambda: keep_only(cache_of(c), used))

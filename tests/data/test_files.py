@@ -1,4 +1,4 @@
-"""Rows are what the files say, whatever their form, size, compression or line ends; what is no row is named by place."""
+"""Rows are what the files say, whatever form, size, compression or line ends; what is no row is named by place."""
 
 import gzip
 import json

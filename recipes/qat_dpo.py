@@ -7,6 +7,7 @@ of their own (`reference/`), so no second model is in memory and another learnin
 step 0 policy and reference are the same numbers, so the loss is ln 2.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from llamaq.checkpoints.torchtune import save_weights, weights_of
 from llamaq.config import Config
 from llamaq.config.components import instantiate
 from llamaq.config.view import only
-from llamaq.data.datasets import build_dataset, usable_pairs
+from llamaq.data.datasets import cache_of, skipped_rows, training_samples
+from llamaq.data.prepared import with_reference
 from llamaq.data.tokenizer import tokenizer_of
 from llamaq.model.build import build_model, pick_device, scheme_of
 from llamaq.plan.preflight import check_stage
@@ -42,11 +44,11 @@ def reference(run: Run) -> Path:
         weights = weights_of(backbone, adapters)
         model = build_model(c.model, weights, scheme_of(c), (c.adapters.rank, c.adapters.alpha), frozen=True)
         model.eval().to(pick_device(c.device))
-        pairs, skipped, pad_id = preference_pairs(c)
+        pairs, pad_id = preference_pairs(c)
         logprobs = reference_logprobs(model, pairs, pad_id, c.section("qat_dpo"), c.seed, c.dtype)
         if rank() == 0:
             save_tensors(folder / "reference.safetensors", {"logprobs": logprobs})
-        return {"pairs": len(pairs), "skipped_pairs": skipped}
+        return {"pairs": len(pairs), **skipped_rows(pairs)}
 
     return run.stage("reference", build, c, [backbone, adapters])
 
@@ -58,14 +60,13 @@ def qat_dpo(run: Run) -> Path:
 
     def build(folder: Path) -> dict[str, Any]:
         training = c.section("qat_dpo")
-        pairs, skipped, pad_id = preference_pairs(c)
-        logprobs = load_file(inputs[2] / "reference.safetensors")["logprobs"].tolist()
-        samples = [pair | {"reference": r} for pair, r in zip(pairs, logprobs, strict=True)]
+        pairs, pad_id = preference_pairs(c)
+        samples = with_reference(pairs, load_file(inputs[2] / "reference.safetensors")["logprobs"])
         model = build_model(c.model, weights_of(*inputs), scheme_of(c), (c.adapters.rank, c.adapters.alpha))
         objective = DPO(pad_id, instantiate(training.loss, setting="qat_dpo.loss"))
         metrics, weights = train(run.session("qat_dpo", folder), c, training, model, objective, samples)
         save_weights(folder, weights)
-        return metrics | {"skipped_pairs": skipped}
+        return metrics | skipped_rows(pairs)
 
     return run.stage("qat_dpo", build, c, inputs)
 
@@ -75,11 +76,10 @@ def stage_two(run: Run) -> list[Path]:
     return [run.need("qat", made_by="tune run qat"), run.need("qat_lora", made_by="tune run qat_lora")]
 
 
-def preference_pairs(c: Config) -> tuple[list[dict[str, Any]], list[int], int]:
-    """Return the tokenized pairs, the indices of those without room for an answer, and the padding id."""
-    tokenizer, dataset = tokenizer_of(c), c.section("qat_dpo").dataset
-    pairs, skipped = usable_pairs(build_dataset(dataset, tokenizer, "qat_dpo.dataset"), "qat_dpo.dataset")
-    return pairs, skipped, tokenizer.pad_id
+def preference_pairs(c: Config) -> tuple[Sequence[dict[str, Any]], int]:
+    """Return the tokenized pairs that teach something, and the padding id."""
+    tokenizer = tokenizer_of(c)
+    return training_samples(c.section("qat_dpo"), tokenizer, "qat_dpo", cache_of(c)), tokenizer.pad_id
 
 
 def recipe(run: Run) -> None:

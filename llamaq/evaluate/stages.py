@@ -15,7 +15,7 @@ import torch
 from llamaq.config import Config
 from llamaq.config.view import only
 from llamaq.data.batches import collate_sft
-from llamaq.data.datasets import build_dataset
+from llamaq.data.datasets import build_dataset, cache_of
 from llamaq.data.tokenizer import tokenizer_of
 from llamaq.errors import UserError
 from llamaq.evaluate.files import compare_forms, score_pte
@@ -64,7 +64,7 @@ def exported_folder(run: Run, models: Models, name: str) -> Path:
 
 def heldout_samples(c: Config, limit: int | None = None) -> list[Any]:
     """Return the samples of `evaluate.dataset`, or the first so many."""
-    dataset = build_dataset(c.evaluate.dataset, tokenizer_of(c), "evaluate.dataset")
+    dataset = build_dataset(c.evaluate.dataset, tokenizer_of(c), "evaluate.dataset", cache_of(c))
     return [dataset[i] for i in range(min(len(dataset), limit or len(dataset)))]
 
 
@@ -152,7 +152,7 @@ def sensitivity_stage(run: Run, models: Models) -> Path:
 
     def build(folder: Path) -> dict[str, Any]:
         device, samples = pick_device(c.device), heldout_samples(c, c.evaluate.sensitivity_samples)
-        batches = [torch.tensor([s["tokens"]], device=device) for s in samples]
+        batches = [torch.as_tensor(s["tokens"], device=device)[None] for s in samples]
         s = sensitivity(ptq.make().eval().to(device), batches)
         return {**asdict(s), "advice": advice(s), "samples": len(samples), "tokens": sum(b.numel() for b in batches)}
 

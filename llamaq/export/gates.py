@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llamaq.checkpoints.meta import PARAMS
 from llamaq.config import Config, ExportConfig
-from llamaq.data.datasets import build_dataset
+from llamaq.data.datasets import build_dataset, cache_of
 from llamaq.data.tokenizer import tokenizer_of
 from llamaq.errors import UserError
 from llamaq.export.exporter import eager_cached_logits, export_pte
@@ -47,11 +47,11 @@ FILE = ("export.max_seq_length", "export.quantize_kv_cache", "export.dynamic_sha
 
 def gate_tokens(c: Config) -> list[int]:
     """Return the held-out tokens that gates are measured on, as many as `export.gate_tokens` says."""
-    samples = build_dataset(c.evaluate.dataset, tokenizer_of(c), "evaluate.dataset")
+    samples = build_dataset(c.evaluate.dataset, tokenizer_of(c), "evaluate.dataset", cache_of(c))
     wanted = min(c.export.gate_tokens, c.export.max_context_length)
     tokens: list[int] = []
     for i in range(len(samples)):
-        tokens += list(samples[i]["tokens"])
+        tokens += samples[i]["tokens"].tolist()
         if len(tokens) >= wanted:
             break
     return tokens[:wanted]

@@ -1,7 +1,6 @@
 """Check everything that a run will read before its first step: settings of every stage, data files, model, disk."""
 
 import inspect
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,19 @@ from llamaq.checkpoints.peft_config import check_peft
 from llamaq.config import Component, Config, TrainingConfig
 from llamaq.config.components import instantiate
 from llamaq.data.batches import check_ranks
-from llamaq.data.datasets import check_files
+from llamaq.data.datasets import build_on_all_ranks, cache_of, check_files, training_samples
+from llamaq.data.prepare import keep_only
 from llamaq.data.tokenizer import build_tokenizer, prompt_tokens, tokenizer_of
 from llamaq.errors import UserError
 from llamaq.model.build import meta_decoder, pick_device, scheme_of
 from llamaq.model.shape import Shape, shape_of
 from llamaq.plan.memory import plan_length, state_plan
 from llamaq.quant.prepare import prepare
-from llamaq.runs.ranks import world_size
+from llamaq.runs.ranks import from_rank_zero, world_size
 from llamaq.train.deepspeed import check_deepspeed, check_optimizer, uses_deepspeed
 from llamaq.train.loop import total_steps
 
-# datasets that make one sample of each line of a JSON-lines file
-LINE_BY_LINE = ("chat_dataset", "instruct_dataset", "preference_dataset", "text_completion_dataset")
+TRAINING_STAGES = ("qat", "qat_lora", "qat_dpo", "base")
 
 
 def preflight(c: Config) -> str:
@@ -44,15 +43,18 @@ def preflight(c: Config) -> str:
     check_lengths(c, decoder)
     prepare(decoder, scheme_of(c))
     model_params(decoder)
-    check_prompt(c, build_tokenizer(c.tokenizer, shape_of(c.model).vocab))
+    tokenizer = build_tokenizer(c.tokenizer, shape_of(c.model).vocab)
+    check_prompt(c, tokenizer)
     check_adapters(c)
-    for name in ("qat", "qat_lora", "qat_dpo", "base"):
-        if getattr(c, name) is not None:
-            check_stage(c, name)
-    for i, part in enumerate(c.spinquant.calibration if c.spinquant else []):
-        check_files(part.dataset, f"spinquant.calibration[{i}].dataset")
-    check_files(c.evaluate.dataset, "evaluate.dataset")
-    return state_plan(c, plan_length(c))
+    stages = [name for name in TRAINING_STAGES if getattr(c, name) is not None]
+    for name in stages:
+        check_training(c, name)
+    others = other_data(c)
+    for setting, dataset in others.items():
+        check_files(dataset, setting)
+    plan = state_plan(c, plan_length(c))
+    check_all_data(c, stages, others, tokenizer)
+    return plan
 
 
 def check_device(name: str) -> torch.device:
@@ -147,7 +149,17 @@ def check_adapters(c: Config) -> None:
 
 
 def check_stage(c: Config, name: str) -> None:
-    """Check a training stage: ranks, data files, optimizer, schedule and loss.
+    """Check a training stage and every row of its data.
+
+    Raises:
+        UserError: the first thing that would stop it.
+    """
+    check_training(c, name)
+    check_training_data(c, name, tokenizer_of(c))
+
+
+def check_training(c: Config, name: str) -> None:
+    """Check what is quickly checked of a training stage: ranks, data files, optimizer, schedule and loss.
 
     Raises:
         UserError: the first thing that would stop it.
@@ -160,7 +172,8 @@ def check_stage(c: Config, name: str) -> None:
         check_optimizer(optimizer, c)
     if training.lr_scheduler is not None:
         instantiate(training.lr_scheduler, optimizer, num_training_steps=1, setting=f"{name}.lr_scheduler")
-    check_warmup(training, name)
+    if training.max_steps is not None:
+        check_warmup(training, name, training.max_steps)
     if name == "qat_dpo":
         instantiate(c.section(name).loss, setting="qat_dpo.loss")
 
@@ -211,15 +224,12 @@ def _can_be_kept(value: Any, weight: Tensor) -> bool:
     return value is None or isinstance(value, (int, float))
 
 
-def check_warmup(training: TrainingConfig, stage: str) -> None:
-    """Check that the stage goes on after the warm-up, as far as its number of steps is known before it reads its data.
+def check_warmup(training: TrainingConfig, stage: str, steps: int) -> None:
+    """Check that the stage goes on after the warm-up.
 
     Raises:
         UserError: its learning rate would never be reached.
     """
-    samples = count_samples(training.dataset)
-    known = [training.max_steps, None if samples is None else total_steps(training, samples)]
-    steps = min((n for n in known if n is not None), default=math.inf)
     if training.warmup_steps and training.warmup_steps >= steps:
         raise UserError(
             f"{stage}.lr_scheduler.num_warmup_steps={training.warmup_steps}, but {stage} has only {steps} steps: it "
@@ -227,21 +237,53 @@ def check_warmup(training: TrainingConfig, stage: str) -> None:
         )
 
 
-def count_samples(dataset: Component) -> int | None:
-    """Return the most samples that a dataset of local JSON-lines files can have, None if it cannot be told quickly."""
-    files = dataset.get("data_files")
-    files = [files] if isinstance(files, str) else files
-    kind = dataset["_component_"].rsplit(".", 1)[-1]
-    if kind not in LINE_BY_LINE or dataset.get("packed") or dataset.get("source") != "json" or not files:
-        return None
-    counts = [_count_lines(Path(file)) for file in files]
-    return None if None in counts else sum(n for n in counts if n is not None)
+# --- data ------------------------------------------------------------------------------------------------------------
 
 
-def _count_lines(path: Path) -> int | None:
-    """Return the number of lines that are not blank; None for a file with one JSON array."""
-    with path.open(encoding="utf-8") as f:
-        if f.read(1) == "[":
-            return None
-        f.seek(0)
-        return sum(1 for line in f if line.strip())
+def other_data(c: Config) -> dict[str, Component]:
+    """Return the datasets that no stage trains on, by setting."""
+    parts = c.spinquant.calibration if c.spinquant else []
+    calibration = {f"spinquant.calibration[{i}].dataset": part.dataset for i, part in enumerate(parts)}
+    return calibration | {"evaluate.dataset": c.evaluate.dataset}
+
+
+def check_all_data(c: Config, stages: list[str], others: dict[str, Component], tokenizer: Any) -> None:
+    """Check and tokenize every row that the run reads; drop what its cache holds of data that it reads no longer.
+
+    Raises:
+        UserError: rows that are wrong, or samples longer than the model.
+    """
+    read = [check_training_data(c, name, tokenizer) for name in stages]
+    for setting, dataset in others.items():
+        read.append(build_on_all_ranks(dataset, tokenizer, setting, cache_of(c)))
+        check_longest(c, read[-1], setting)
+    used = {samples.prepared.folder.name for samples in read if hasattr(samples, "prepared")}
+    from_rank_zero(lambda: keep_only(cache_of(c), used))
+
+
+def check_training_data(c: Config, name: str, tokenizer: Any) -> Any:
+    """Check every row of a training stage's data, and that there are steps enough; return the samples.
+
+    Raises:
+        UserError: a row that is wrong, samples longer than the model, or a warm-up longer than the stage.
+    """
+    training: TrainingConfig = c.section(name)
+    samples = training_samples(training, tokenizer, name, cache_of(c))
+    check_longest(c, samples, f"{name}.dataset")
+    check_warmup(training, name, total_steps(training, len(samples)))
+    return samples
+
+
+def check_longest(c: Config, samples: Any, setting: str) -> None:
+    """Check that no sample has more tokens than the model has positions.
+
+    Raises:
+        UserError: one has, which only `tokenizer.max_seq_len` can be to blame for.
+    """
+    positions = meta_decoder(c.model).max_seq_len
+    longest = samples.prepared.meta["longest"] if hasattr(samples, "prepared") else 0
+    if longest > positions:
+        raise UserError(
+            f"{setting}: a sample has {longest} tokens, and the model's max_seq_len is {positions}; set "
+            f"tokenizer.max_seq_len={positions}, which cuts longer ones"
+        )

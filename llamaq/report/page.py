@@ -137,8 +137,8 @@ def _training_parts(training: list[dict[str, Any]], dpo: dict[str, Any] | None) 
     rows = [[t["stage"], str(t["steps"]), f"{t['first']:.4f}", f"{t['last']:.4f}"] for t in training]
     parts = ["## Training", "![losses](losses.png)", table(["stage", "steps", "first loss", "last loss"], rows)]
     if dpo is not None:
-        skipped = f"{len(dpo['skipped_pairs'])} were skipped because their prompt left no room for an answer."
-        parts += [dpo_table(dpo["first"], dpo["last"]), f"{dpo['samples']} pairs; {skipped}"]
+        skipped = "".join(f" {count} rows were skipped: they {why}." for why, count in dpo["skipped"].items())
+        parts += [dpo_table(dpo["first"], dpo["last"]), f"{dpo['samples']} pairs.{skipped}"]
     return parts
 
 

@@ -5,6 +5,7 @@ lead to, its inputs by content, and the version of its code. A stage runs again 
 """
 
 import contextlib
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -81,12 +82,22 @@ def identity_of(settings: Any) -> Any:
     if is_dataclass(settings) and not isinstance(settings, type):
         settings = asdict(settings)
     if isinstance(settings, dict):
-        return {k: identity_of(v) for k, v in settings.items()}
+        return {k: _identity_of_files(v) if k == "data_files" else identity_of(v) for k, v in settings.items()}
     if isinstance(settings, (list, tuple)):
         return [identity_of(v) for v in settings]
     if isinstance(settings, (str, Path)) and _is_path(str(settings)):
         return f"sha256:{content_hash(Path(settings))}"
     return settings
+
+
+def _identity_of_files(named: Any) -> Any:
+    """Return the identity of a dataset's files, which may be named by folders and patterns such as `data/*.jsonl`."""
+    if isinstance(named, str) and not os.path.isfile(named):
+        found = [named] if os.path.isdir(named) else sorted(glob.glob(os.path.expanduser(named), recursive=True))
+        return [f"sha256:{content_hash(Path(path))}" for path in found] or named
+    if isinstance(named, dict):
+        return {k: _identity_of_files(v) for k, v in named.items()}
+    return [_identity_of_files(v) for v in named] if isinstance(named, list) else identity_of(named)
 
 
 def _is_path(text: str) -> bool:

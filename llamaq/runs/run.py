@@ -47,7 +47,8 @@ from llamaq.runs.manifest import (
 from llamaq.runs.ranks import from_rank_zero, say
 from llamaq.runs.tracking import METRICS, Tracker
 
-OF_EVERY_RUN = (".lock", "run.json", "run.json.tmp")  # in its folder before anything is made
+# in its folder before anything is made; `prepared` holds tokenized datasets, which can be made again
+OF_EVERY_RUN = (".lock", "run.json", "run.json.tmp", "prepared")
 Build = Callable[[Path], "dict[str, Any] | None"]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llamaq.config import Config
-from llamaq.data.datasets import build_dataset
+from llamaq.data.datasets import build_dataset, cache_of
 from llamaq.data.tokenizer import tokenizer_of
 from llamaq.errors import UserError
 
@@ -34,7 +34,7 @@ def windows(c: Config) -> tuple[Tensor, Tensor]:
     calibration, selection = [], []
     for i, part in enumerate(s.calibration):
         wanted = part.num_samples + extra
-        dataset = build_dataset(part.dataset, tokenizer, f"spinquant.calibration[{i}].dataset")
+        dataset = build_dataset(part.dataset, tokenizer, f"spinquant.calibration[{i}].dataset", cache_of(c))
         stream = _stream(dataset, c.seed + i, wanted * length)
         have = len(stream) // length
         if have < wanted:
@@ -57,7 +57,7 @@ def _stream(dataset: Any, seed: int, wanted: int) -> list[int]:
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     stream: list[int] = []
     for index in order:
-        stream += list(dataset[index]["tokens"])
+        stream += dataset[index]["tokens"].tolist()
         if len(stream) >= wanted:
             break
     return stream

@@ -1,5 +1,6 @@
 """DPO's reference: log-probabilities of chosen and rejected answers, computed once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from llamaq.train.objectives import answer_logprobs
 
 @torch.no_grad()
 def reference_logprobs(
-    model: CausalLM, pairs: list[dict[str, Any]], pad_id: int, training: TrainingConfig, seed: int, dtype: str
+    model: CausalLM, pairs: Sequence[dict[str, Any]], pad_id: int, training: TrainingConfig, seed: int, dtype: str
 ) -> torch.Tensor:
     """Return [pairs, 2]: log-probabilities of the chosen and the rejected answer, in nats.
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from llamaq.checkpoints.load import start_weights
 from llamaq.config import Config, TrainingConfig
-from llamaq.data.datasets import build_dataset
+from llamaq.data.datasets import cache_of, skipped_rows, training_samples
 from llamaq.data.tokenizer import tokenizer_of
 from llamaq.model.build import StateDict, build_model, pick_device
 from llamaq.model.causal_lm import CausalLM
@@ -29,10 +29,11 @@ def train_sft(
         Metrics and trained weights; see `llamaq.train.loop.train`.
     """
     tokenizer = tokenizer_of(c)
-    samples = build_dataset(training.dataset, tokenizer, f"{setting}.dataset")
+    samples = training_samples(training, tokenizer, setting, cache_of(c))
     teacher = None
     if training.distill_weight:
         teacher = build_model(c.model, start_weights(c), scheme=None).eval().requires_grad_(False)
         teacher.to(pick_device(c.device))
     objective = SFT(tokenizer.pad_id, teacher, training.distill_weight)
-    return train(session, c, training, model, objective, samples)
+    metrics, weights = train(session, c, training, model, objective, samples)
+    return metrics | skipped_rows(samples), weights

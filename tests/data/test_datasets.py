@@ -16,8 +16,8 @@ from llamaq.data.batches import (
     num_micro_batches,
 )
 from llamaq.data.corpus import tiny_chat, write_jsonl
-from llamaq.data.datasets import build_dataset, usable_pairs
-from llamaq.data.text import TextWindows, read_documents
+from llamaq.data.datasets import build_dataset, skipped_rows
+from llamaq.data.text import read_documents, text_windows_dataset
 from llamaq.data.tokenizer import build_tokenizer
 from llamaq.errors import UserError
 
@@ -169,19 +169,14 @@ def test_pairs_without_room_for_an_answer_are_counted_named_and_skipped(corpus, 
         long = {"role": "user", "content": "Which day comes after Monday? " * 40}
         rows[i] = {"chosen": [long, rows[i]["chosen"][1]], "rejected": [long, rows[i]["rejected"][1]]}
     write_jsonl(tmp_path / "pairs.jsonl", rows)
-    dataset = build_dataset(
-        PAIRS | {"data_files": str(tmp_path / "pairs.jsonl")}, tokenizer_for(corpus), "qat_dpo.dataset"
-    )
-    pairs, skipped = usable_pairs(dataset, "qat_dpo.dataset")
-    assert skipped == [2, 5] and len(pairs) == 28
+    pairs = build_dataset(PAIRS | {"data_files": str(tmp_path / "pairs.jsonl")}, tokenizer_for(corpus), "qat_dpo.x")
+    assert len(pairs) == 28 and [pairs[i]["index"] for i in (0, 27)] == [0, 27]
+    assert skipped_rows(pairs)["skipped_rows"] == [2, 5] and list(skipped_rows(pairs)["skipped"].values()) == [2]
     said = capsys.readouterr().out
-    assert "skipping 2 of 30 pairs" in said and "samples 2, 5" in said and "max_seq_len" in said
+    assert "skipping 2 of 30 rows" in said and "(rows 3, 6)" in said and "max_seq_len" in said
     write_jsonl(tmp_path / "none.jsonl", [rows[2]])
-    dataset = build_dataset(
-        PAIRS | {"data_files": str(tmp_path / "none.jsonl")}, tokenizer_for(corpus), "qat_dpo.dataset"
-    )
-    with pytest.raises(UserError, match="every pair's prompt fills"):
-        usable_pairs(dataset, "qat_dpo.dataset")
+    with pytest.raises(UserError, match=r"none of 1 rows in .* teaches anything: 1 have a prompt that leaves no room"):
+        build_dataset(PAIRS | {"data_files": str(tmp_path / "none.jsonl")}, tokenizer_for(corpus), "qat_dpo.dataset")
 
 
 def test_pairs_are_collated_chosen_first(corpus):
@@ -190,13 +185,14 @@ def test_pairs_are_collated_chosen_first(corpus):
     batch = collate_pairs(samples, pad_id=0)
     assert batch["tokens"].shape[0] == 6
     assert batch["reference"].tolist() == [0, 1, 2, -0.0, -1, -2]
-    assert batch["tokens"][3, : len(samples[0]["rejected_input_ids"])].tolist() == samples[0]["rejected_input_ids"]
+    rejected = samples[0]["rejected_input_ids"].tolist()
+    assert batch["tokens"][3, : len(rejected)].tolist() == rejected
 
 
 def test_text_windows_cover_every_token_once(corpus, tmp_path):
     (tmp_path / "text.txt").write_text("one two three " * 60 + "\f" + "four five " * 50)
     tokenizer = tokenizer_for(corpus, max_seq_len=32)
-    windows = TextWindows(tokenizer, str(tmp_path / "text.txt"))
+    windows = text_windows_dataset(tokenizer, str(tmp_path / "text.txt"))
     documents = read_documents(tmp_path / "text.txt", "x")
     expected = [t for d in documents for t in tokenizer.encode(d, add_bos=True, add_eos=True)]
     assert [t for i in range(len(windows)) for t in windows[i]["tokens"]] == expected

@@ -1,5 +1,6 @@
 """What needs the model, the tokenizer or the data to be judged is refused before anything trains."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from conftest import SMALL, small
 from llamaq.config import load
 from llamaq.data.corpus import write_corpus
 from llamaq.errors import UserError
-from llamaq.plan.preflight import check_stage, count_samples, preflight
+from llamaq.plan.preflight import check_stage, preflight
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +74,52 @@ def test_a_warm_up_as_long_as_its_stage_is_refused(folder):
     check_stage(small(folder, "qat_dpo.max_steps=5", "~qat_dpo.lr_scheduler"), "qat_dpo")
 
 
-def test_samples_are_counted_where_a_line_is_one(folder, tmp_path):
-    data = small(folder).section("qat").dataset
-    blank, array = tmp_path / "blank.jsonl", tmp_path / "array.json"
-    blank.write_text('{"messages": []}\n\n{"messages": []}\n')
-    array.write_text('[{"messages": []}]')
-    assert count_samples(data) == 120
-    assert count_samples(data | {"data_files": [str(blank), data["data_files"]]}) == 122
-    for unknown in ({"packed": True}, {"data_files": [str(array)]}, {"source": "parquet"}, {"_component_": "my.data"}):
-        assert count_samples(data | unknown) is None
+def test_a_warm_up_is_held_against_the_samples_that_there_really_are(folder, tmp_path):
+    """Half of the rows teach nothing, and packing makes fewer samples of the others."""
+    lines = Path(small(folder).section("qat").dataset["data_files"]).read_text().splitlines()
+    data = tmp_path / "half.jsonl"
+    data.write_text("\n".join([*lines, *['{"messages": []}'] * 120]))
+    settings = [f"qat.dataset.data_files={data}", "qat.max_steps=null", "qat.epochs=1"]
+    warm_up = "qat.lr_scheduler.num_warmup_steps"
+    check_stage(small(folder, *settings, f"{warm_up}=14"), "qat")  # 120 samples in steps of 8
+    with pytest.raises(UserError, match=r"num_warmup_steps=15, but qat has only 15 steps"):
+        check_stage(small(folder, *settings, f"{warm_up}=15"), "qat")
+    with pytest.raises(UserError, match=r"num_warmup_steps=14, but qat has only \d+ steps"):
+        check_stage(small(folder, *settings, f"{warm_up}=14", "qat.dataset.packed=true"), "qat")
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+BAD = '{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}'
+
+
+@pytest.mark.parametrize("stage", ["qat", "qat_lora", "base", "evaluate"])
+def test_a_bad_row_of_any_stage_is_found_before_the_first_step(folder, tmp_path, stage):
+    lines = Path(small(folder).evaluate.dataset["data_files"]).read_text().splitlines()
+    (tmp_path / "bad.jsonl").write_text("\n".join([*lines, BAD]))
+    said = refusal(folder, f"{stage}.dataset.data_files={tmp_path / 'bad.jsonl'}")
+    assert said.startswith(f"{stage}.dataset: {tmp_path}/bad.jsonl line {len(lines) + 1}: message 2 has the role 'bot'")
+
+
+def test_samples_longer_than_the_model_are_found_where_the_tokenizer_does_not_cut(folder, tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 700}]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row))
+    said = refusal(folder, "tokenizer.max_seq_len=null", f"evaluate.dataset.data_files={tmp_path / 'long.jsonl'}")
+    assert "evaluate.dataset: a sample has" in said and "set tokenizer.max_seq_len=512" in said
+
+
+def test_what_was_tokenized_is_kept_as_long_as_the_run_reads_it(folder, tmp_path):
+    c = small(folder)
+    preflight(c)
+    prepared = Path(c.output_dir) / "prepared"
+    before = {p.name: p.stat().st_mtime_ns for p in prepared.iterdir()}
+    preflight(c)
+    assert {p.name: p.stat().st_mtime_ns for p in prepared.iterdir()} == before and len(before) == 3
+    text = Path(c.evaluate.dataset["data_files"]).read_text()
+    (tmp_path / "other.jsonl").write_text(text.splitlines()[0])
+    preflight(small(folder, f"evaluate.dataset.data_files={tmp_path / 'other.jsonl'}"))
+    after = {p.name for p in prepared.iterdir()}
+    assert len(after) == 3 and len(after & before.keys()) == 2
 
 
 # --- lengths and sizes -----------------------------------------------------------------------------------------------

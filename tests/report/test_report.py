@@ -102,7 +102,7 @@ def chain_run(folder: Path, *settings: str) -> tuple[Run, Models, list[str]]:
         "qat_lora": TRAINED,
         "convert": {"converted": SAME, "executorch_eager": SAME},
         "qat_dpo": TRAINED
-        | {"first": TRAINED["first"] | dpo, "last": TRAINED["last"] | dpo, "samples": 9, "skipped_pairs": [4]},
+        | {"first": TRAINED["first"] | dpo, "last": TRAINED["last"] | dpo, "samples": 9, "skipped": {"are equal": 1}},
         "export": exported_metrics(),
         "answer": {"prompt": "How many?", "answer": "30 days."},
         "evaluate": {
@@ -147,7 +147,8 @@ def test_report_of_a_chain(chain, capsys):
     ):
         assert f"\n## {heading}\n" in page
     assert "QAT + LoRA: **0.75** (95 % interval 0.50 to 1.00): 0.0300 of 0.0400 nats per token" in page
-    assert "Its answer to *How many?*:\n\n> 30 days." in page and "9 pairs; 1 were skipped" in page
+    assert "Its answer to *How many?*:\n\n> 30 days." in page
+    assert "9 pairs. 1 rows were skipped: they are equal." in page
     assert "| days (5-shot, 6) | acc | 0.5000 ± 0.100 |" in page
     pictures = {p.stem for p in folder.glob("*.png")}
     assert pictures == {"losses", "quality", "agreement", "blocks", "speed", "sensitivity", "tasks"}

@@ -14,6 +14,7 @@ from llamaq.checkpoints.meta import PARAMS, WEIGHTS
 from llamaq.checkpoints.quantized import EXECUTORCH_LORA_SCALE, backbone_hash
 from llamaq.checkpoints.tensors import load_safetensors, save_pth, save_tensors
 from llamaq.errors import UserError
+from llamaq.model.builders import in_halves
 from llamaq.model.names import HUGGING_FACE, LINEARS, hugging_face_name, meta_name, split
 from llamaq.quant.prepare import quantized_linears
 
@@ -29,9 +30,9 @@ def save_peft(folder: Path, decoder: Any, rank: int, alpha: float) -> None:
         key = f"base_model.model.model.{hugging_face_name(name)}"
         attn = decoder.layers[layer].attn
         b = linear.adapter.b.detach().bfloat16()
-        heads = {"attn.q_proj": attn.num_heads, "attn.k_proj": attn.num_kv_heads}.get(tail)
+        heads = {} if in_halves(decoder) else {"attn.q_proj": attn.num_heads, "attn.k_proj": attn.num_kv_heads}
         tensors[f"{key}.lora_A.weight"] = linear.adapter.a.detach().bfloat16()
-        tensors[f"{key}.lora_B.weight"] = b if heads is None else hf_rows(b, heads)
+        tensors[f"{key}.lora_B.weight"] = hf_rows(b, heads[tail]) if tail in heads else b
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "adapter_model.safetensors", tensors)
     config = {
@@ -67,7 +68,8 @@ def load_peft(folder: Path, params: dict[str, Any], tensors: dict[str, Tensor]) 
         raise UserError(f"{folder}: lora_alpha / r is no power of two, which bf16 weights cannot hold exactly")
     found, result = load_safetensors(folder / "adapter_model.safetensors"), {}
     for ours in LINEARS:
-        heads = {"attn.q_proj": params["n_heads"], "attn.k_proj": params["n_kv_heads"]}.get(ours)
+        halves = params.get("use_hf_rope", False)
+        heads = None if halves else {"attn.q_proj": params["n_heads"], "attn.k_proj": params["n_kv_heads"]}.get(ours)
         for layer in range(params["n_layers"]):
             name = f"layers.{layer}.{ours}"
             for part in "AB":

@@ -133,7 +133,7 @@ def saved_rotated(folder: Path, which: set[str], hidden: int = 256, model: dict 
     for linear in (layer.mlp.w2 for layer in decoder.layers):  # pyright: ignore[reportGeneralTypeIssues]
         assert bool(linear._forward_pre_hooks) == bool(r.r4)
     quantized: CausalLM = CausalLM(decoder).eval()  # pyright: ignore[reportArgumentType]
-    save_quantized(folder, quantized.decoder, Scheme(), r.contract() if which else None, quantized.head)
+    save_quantized(folder, quantized.decoder, Scheme(), r.contract() if which else None)
     return quantized
 
 
@@ -145,5 +145,5 @@ def saved_variant(folder: Path, kind: str, model: dict = MODEL) -> CausalLM:
         frozen = build_model(model, random_weights(model), Scheme(), frozen=True)
     else:
         frozen = trained_like(Scheme(), frozen=True, model=model)
-    save_quantized(folder, frozen.decoder, Scheme(), head=frozen.head)
+    save_quantized(folder, frozen.decoder, Scheme())
     return frozen.eval()

@@ -1,5 +1,6 @@
 """Every form of the Llama family: what trains is what is frozen, converted, in ExecuTorch's model and in the .pte."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from llamaq.model.build import build_model, meta_decoder
 from llamaq.model.causal_lm import CausalLM
 from llamaq.model.compare import agreement
 from llamaq.quant.modules import UntiedHead
+from llamaq.quant.prepare import freeze
 from llamaq.quant.scheme import Scheme
 
 TOKENS = torch.randint(0, 512, (1, 40), generator=torch.Generator().manual_seed(2))
@@ -38,11 +40,12 @@ def test_latent_frozen_converted_and_executorchs_eager_model_are_equal_bit_for_b
     else:
         latent = build_model(model, random_weights(model), Scheme()).eval()
         frozen = build_model(model, latent.weights(), Scheme(), frozen=True).eval()
-    save_quantized(tmp_path, frozen.decoder, Scheme(), head=frozen.head)
+    save_quantized(tmp_path, frozen.decoder, Scheme())
     back = CausalLM(load_quantized(tmp_path, build_model(model, random_weights(model), Scheme()).decoder))
     expected = latent(TOKENS)
     assert torch.equal(frozen(TOKENS), expected)
     assert torch.equal(back(TOKENS), expected)
+    assert torch.equal(CausalLM(freeze(copy.deepcopy(latent.decoder)))(TOKENS), expected)  # as the Python page does
     assert torch.equal(load_eager(tmp_path, 64)(TOKENS), expected)
     tied = model.get("tie_word_embeddings", True)
     tensors = torch.load(tmp_path / WEIGHTS, weights_only=True)
@@ -93,7 +96,7 @@ def test_an_untied_head_is_trained_and_saved_under_its_own_name():
 
 def test_adapters_of_half_split_models_keep_hugging_faces_order(tmp_path):
     model = trained_like(Scheme(), frozen=True, model=FORMS["qwen2"])
-    save_quantized(tmp_path, model.decoder, Scheme(), head=model.head)
+    save_quantized(tmp_path, model.decoder, Scheme())
     save_peft(tmp_path / "adapter", model.decoder, *ADAPTERS)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     b = stored["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]

@@ -1,7 +1,9 @@
 """The three layouts give the same weights; what does not fit is refused by name."""
 
 import json
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ def write_meta(folder, weights, **extra):
     torch.save(tune_to_meta(weights) | extra, folder / "consolidated.00.pth")
 
 
-def write_hf(folder, weights, config=MappingProxyType({}), **extra):
+def write_hf(folder, weights, config: Mapping[str, Any] = MappingProxyType({}), **extra):
     tensors = tune_to_hf(weights, num_heads=4, num_kv_heads=2, dim=64) | extra
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     write_config(folder, **config)

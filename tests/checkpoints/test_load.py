@@ -166,7 +166,7 @@ def test_weights_that_are_not_those_of_config_json(tmp_path, weights):
     refused(tmp_path, message)
     with pytest.raises(UserError, match=message):
         check_start(tmp_path, meta_decoder(MODEL))
-    write_hf(tmp_path, weights, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)})
+    write_hf(tmp_path, weights, {}, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)})
     refused(tmp_path, r"1 keys not of this model \(first: model.layers.0.self_attn.q_proj.bias\)")
 
 

@@ -69,7 +69,7 @@ def convert(run: Run) -> Path:
         tokens = torch.tensor([gate_tokens(c)])
         expected = final_model(run)(tokens)[0]
         shipped = final_model(run, frozen=True)
-        save_quantized(folder / "model", shipped.decoder, scheme_of(c), head=shipped.head)
+        save_quantized(folder / "model", shipped.decoder, scheme_of(c))
         if c.export.stage != "qat":
             save_peft(folder / "adapter", shipped.decoder, c.adapters.rank, c.adapters.alpha)
             write_json(folder / "adapter" / BACKBONE, {"sha256": backbone_hash(folder / "model")})

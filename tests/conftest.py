@@ -33,6 +33,32 @@ MODEL = {
 }
 ADAPTERS = (16, 32.0)
 
+
+def form(builder: str, **more) -> dict:
+    """A tiny model of llamaq's own builders."""
+    sizes = {k: v for k, v in MODEL.items() if k not in ("_component_", "scale_factor", "rope_base")}
+    return sizes | {"_component_": f"llamaq.model.builders.{builder}", "vocab_size": 512, **more}
+
+
+# The forms of the Llama family beside Llama 3.2's own, between them tied and untied, R4 of a whole width and in blocks
+FORMS = {
+    "untied": form(
+        "llama",
+        tie_word_embeddings=False,
+        intermediate_dim=192,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "linear": form("llama", rope_scaling={"rope_type": "linear", "factor": 4.0}, head_dim=32),
+    "qwen2": form("qwen2", tie_word_embeddings=False),
+    "qwen3": form("qwen3", head_dim=32, intermediate_dim=192),
+}
+
 # small enough for seconds a stage; the corpus and the tokenizer are the tiny config's own
 SMALL = [
     "wandb.mode=disabled",
@@ -83,21 +109,22 @@ def random_weights(model: dict = MODEL) -> dict[str, torch.Tensor]:
     return {k: torch.rand_like(v) + 0.5 if "norm" in k else v for k, v in weights.items()}
 
 
-def trained_like(scheme: Scheme | None = None, frozen: bool = False, weights: dict | None = None) -> CausalLM:
+def trained_like(
+    scheme: Scheme | None = None, frozen: bool = False, weights: dict | None = None, model: dict = MODEL
+) -> CausalLM:
     """A model with adapters that do something; the same weights give the same model, latent or frozen."""
     if weights is None:
-        weights = random_weights()
-        latent = build_model(MODEL, weights, scheme, ADAPTERS)
-        weights = dict(latent.decoder.state_dict())
+        weights = random_weights(model)
+        weights = build_model(model, weights, scheme, ADAPTERS).weights()
         for key in weights:
             if key.endswith("adapter.b"):
                 weights[key] = torch.randn_like(weights[key]) * 0.02
-    return build_model(MODEL, weights, scheme, ADAPTERS, frozen=frozen).eval()
+    return build_model(model, weights, scheme, ADAPTERS, frozen=frozen).eval()
 
 
-def saved_rotated(folder: Path, which: set[str], hidden: int = 256) -> CausalLM:
+def saved_rotated(folder: Path, which: set[str], hidden: int = 256, model: dict = MODEL) -> CausalLM:
     """A random model rotated at random, as a checkpoint in `folder`; returns what llamaq computes of it."""
-    model = MODEL | {"intermediate_dim": hidden}
+    model = model | {"intermediate_dim": hidden} if model is MODEL else model
     weights, shape = random_weights(model), Shape.of(meta_decoder(model))
     r = Rotations.random(shape, which, 0)
     decoder = prepare(build_decoder(model, rotate(weights, shape, r)), Scheme()).eval()
@@ -106,17 +133,17 @@ def saved_rotated(folder: Path, which: set[str], hidden: int = 256) -> CausalLM:
     for linear in (layer.mlp.w2 for layer in decoder.layers):  # pyright: ignore[reportGeneralTypeIssues]
         assert bool(linear._forward_pre_hooks) == bool(r.r4)
     quantized: CausalLM = CausalLM(decoder).eval()  # pyright: ignore[reportArgumentType]
-    save_quantized(folder, quantized.decoder, Scheme(), r.contract() if which else None, quantized.head)
+    save_quantized(folder, quantized.decoder, Scheme(), r.contract() if which else None)
     return quantized
 
 
-def saved_variant(folder: Path, kind: str) -> CausalLM:
+def saved_variant(folder: Path, kind: str, model: dict = MODEL) -> CausalLM:
     """A random model of a kind that ships (qat, qat_lora or spinquant), likewise."""
     if kind == "spinquant":
-        return saved_rotated(folder, {"r1", "r2", "r4"})
+        return saved_rotated(folder, {"r1", "r2", "r4"}, model=model)
     if kind == "qat":
-        model = build_model(MODEL, random_weights(), Scheme(), frozen=True)
+        frozen = build_model(model, random_weights(model), Scheme(), frozen=True)
     else:
-        model = trained_like(Scheme(), frozen=True)
-    save_quantized(folder, model.decoder, Scheme())
-    return model.eval()
+        frozen = trained_like(Scheme(), frozen=True, model=model)
+    save_quantized(folder, frozen.decoder, Scheme())
+    return frozen.eval()

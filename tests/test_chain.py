@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
+from safetensors.torch import load_file
 
 from llamaq.export.pte import Pte, check_constants
 from llamaq.runs.manifest import read_manifest
@@ -217,3 +218,20 @@ def test_a_missed_gate_stops_the_chain(whole, tmp_path):
     assert done.returncode == 1
     assert "gate missed" in done.stderr and "export.max_relative_error is 1e-12" in done.stderr
     assert (folder / "export" / "model.pte").is_file()  # the earlier one is still there
+
+
+def test_an_untied_model_with_biases_goes_through_the_whole_chain(tmp_path):
+    """Qwen2.5's form: what is trained is what runs, and the head is trained apart from the embedding."""
+    folder = tmp_path / "run"
+    form = ["model._component_=llamaq.model.builders.qwen2", "~model.scale_factor", "model.tie_word_embeddings=false"]
+    run(folder, *form)
+    for result in read_manifest(folder / "convert")["metrics"].values():
+        assert result["relative_error"] == 0 and result["top1"] == 1
+    exported = read_manifest(folder / "export")["metrics"]
+    assert exported["hand_overs"]["pte"]["token_error"] <= 1e-4
+    tensors = torch.load(folder / "convert/model/consolidated.00.pth", weights_only=True)
+    assert exported["constants"] == len(tensors) and "layers.0.attention.wv.bias" in tensors
+    assert not torch.equal(tensors["output.weight"], tensors["tok_embeddings.weight"])
+    trained = [load_file(folder / stage / "model.safetensors") for stage in ("qat", "qat_dpo")]
+    assert all("output.weight" in weights and "layers.0.attn.q_proj.bias" in weights for weights in trained)
+    assert not torch.equal(trained[0]["output.weight"], trained[1]["output.weight"])

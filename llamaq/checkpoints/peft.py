@@ -36,9 +36,9 @@ def save_peft(folder: Path, decoder: Any, rank: int, alpha: float) -> None:
         key = f"base_model.model.model.{hugging_face_name(name)}"
         attn = decoder.layers[layer].attn
         b = linear.adapter.b.detach().bfloat16()
-        heads = {"attn.q_proj": attn.num_heads, "attn.k_proj": attn.num_kv_heads}.get(tail)
+        heads = {} if in_halves(decoder) else {"attn.q_proj": attn.num_heads, "attn.k_proj": attn.num_kv_heads}
         tensors[f"{key}.lora_A.weight"] = linear.adapter.a.detach().bfloat16()
-        tensors[f"{key}.lora_B.weight"] = b if heads is None or in_halves(decoder) else hf_rows(b, heads)
+        tensors[f"{key}.lora_B.weight"] = hf_rows(b, heads[tail]) if tail in heads else b
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / TENSORS, tensors)
     config = {

@@ -35,7 +35,7 @@ from llamaq.checkpoints.tensors import save_pth
 from llamaq.model.names import meta_key, meta_name
 from llamaq.model.online import attach_online, check_contract
 from llamaq.model.shape import Shape
-from llamaq.quant.modules import Adapter, FrozenEmbedding, FrozenLinear, UntiedHead
+from llamaq.quant.modules import Adapter, FrozenEmbedding, FrozenLinear, UntiedHead, head_of
 from llamaq.quant.prepare import add_adapters, freeze, quantized_linears
 from llamaq.quant.scheme import Scheme
 from llamaq.runs.files import write_json
@@ -43,11 +43,10 @@ from llamaq.runs.files import write_json
 EXECUTORCH_LORA_SCALE = 2.0
 
 
-def quantized_state_dict(decoder: nn.Module, head: nn.Module | None = None) -> dict[str, Tensor]:
+def quantized_state_dict(decoder: nn.Module) -> dict[str, Tensor]:
     """Return a frozen decoder (torchtune names) as Meta-layout tensors, codes and scales as they are.
 
-    Norms and biases are stored in bf16, or in float32 where bf16 would change them. `head` is needed where it is not
-    tied to the embedding and not in the decoder any more: `CausalLM.head`.
+    Norms and biases are stored in bf16, or in float32 where bf16 would change them.
     """
     norms, tensors = {}, {}
     for name, linear in quantized_linears(decoder).items():
@@ -62,8 +61,7 @@ def quantized_state_dict(decoder: nn.Module, head: nn.Module | None = None) -> d
     for name, p in decoder.named_parameters():
         if name.endswith("norm.scale"):
             norms[meta_key(name)] = _bf16_if_exact(p)
-    embedding, head = decoder.get_submodule("tok_embeddings"), head or decoder.get_submodule("output")
-    assert head.tied or isinstance(head, UntiedHead), "the head is not in the decoder: give it too"
+    embedding, head = decoder.get_submodule("tok_embeddings"), head_of(decoder)
     rows = {"tok_embeddings": embedding, "output": head.matrix if isinstance(head, UntiedHead) else embedding}
     for key, matrix in rows.items():
         assert isinstance(matrix, FrozenEmbedding), f"{key} is not frozen"
@@ -137,7 +135,6 @@ def save_quantized(
     decoder: Any,
     scheme: Scheme,
     rotation: dict[str, Any] | None = None,
-    head: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Write `consolidated.00.pth` and `params.json` of a frozen decoder; return the params.
 
@@ -146,7 +143,6 @@ def save_quantized(
         decoder: frozen, torchtune names.
         scheme: the numerics.
         rotation: the contract of a rotated model (`Rotations.contract`).
-        head: of a model whose head is not tied, `CausalLM.head`.
     """
     quantization = {"scheme": scheme.name, "group_size": scheme.group_size}
     quantization["spinquant"] = bool(rotation and rotation["r4"])  # loaders read: does R4 have to be computed?
@@ -158,7 +154,7 @@ def save_quantized(
         params["lora_args"] = {"rank": adapters[0].rank, "scale": EXECUTORCH_LORA_SCALE}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_pth(folder / WEIGHTS, quantized_state_dict(decoder, head))
+    save_pth(folder / WEIGHTS, quantized_state_dict(decoder))
     write_json(folder / PARAMS, params)
     return params
 

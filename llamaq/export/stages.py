@@ -46,9 +46,7 @@ def export_model(
         if full_precision:
             save_float(checkpoint, model.weights(), model_params(model.decoder))
         else:
-            frozen: Any = freeze(copy.deepcopy(model), head="head")
-            save_quantized(checkpoint, frozen.decoder, scheme_of(c), head=frozen.head)
-            del frozen
+            save_quantized(checkpoint, freeze(copy.deepcopy(model.decoder)), scheme_of(c))
         del model
         result = export_checked(c, checkpoint, folder / "model.pte", make, context)
         shutil.rmtree(checkpoint)  # all of it is in the .pte

@@ -7,15 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TransformerDecoder
 
 from llamaq.model.compare import chunks, kl_divergence
-from llamaq.quant.modules import TiedHead
-
-
-class _Headless(nn.Identity):
-    """What stands in a decoder for its head: torchtune's decoder then ends with the final norm."""
-
-    def __init__(self, tied: bool):
-        super().__init__()
-        self.tied = tied
+from llamaq.quant.modules import HeadElsewhere, TiedHead
 
 
 def torchtune_name(name: str) -> str:
@@ -34,7 +26,7 @@ class CausalLM(nn.Module):
         super().__init__()
         assert isinstance(decoder.output, TiedHead), "prepare the decoder first"
         self.head = decoder.output
-        decoder.output = _Headless(self.head.tied)
+        decoder.output = HeadElsewhere(self.head)  # torchtune's decoder now ends with the final norm
         self.decoder = decoder
 
     def weights(self) -> dict[str, Tensor]:

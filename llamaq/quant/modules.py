@@ -195,6 +195,31 @@ class UntiedHead(TiedHead):
         self.matrix = matrix
 
 
+class HeadElsewhere(nn.Identity):
+    """Stand in a decoder for its head where somebody else calls it; a tuple hides it, as in `TiedHead`."""
+
+    def __init__(self, head: TiedHead):
+        super().__init__()
+        self._head = (head,)
+
+    @property
+    def head(self) -> TiedHead:
+        """Return the head."""
+        return self._head[0]
+
+    @property
+    def tied(self) -> bool:
+        """Tell whether the head is the embedding's matrix."""
+        return self.head.tied
+
+
+def head_of(model: nn.Module, name: str = "output") -> TiedHead | None:
+    """Return a model's quantized head, in its place or elsewhere; None if it has none."""
+    head = getattr(model, name, None)
+    head = head.head if isinstance(head, HeadElsewhere) else head
+    return head if isinstance(head, TiedHead) else None
+
+
 def codes_and_scales(module: LatentLinear | LatentEmbedding) -> tuple[Tensor, Tensor]:
     """Return the codes and scales that replace a latent module's weight. Conversion and export do not change them."""
     assert module.fmt is not None, "a full-precision module has no codes"

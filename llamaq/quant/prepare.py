@@ -20,6 +20,7 @@ from llamaq.quant.modules import (
     TiedHead,
     UntiedHead,
     codes_and_scales,
+    head_of,
 )
 from llamaq.quant.scheme import Scheme
 
@@ -94,17 +95,20 @@ def freeze(model: nn.Module, head: str = "output") -> nn.Module:
 
     Modules without a format (full precision) keep their weights.
     """
+    own = head_of(model, head)
+    matrix = own.matrix if isinstance(own, UntiedHead) else None
     for name, module in list(model.named_modules()):
         if isinstance(module, LatentLinear) and module.fmt:
             new = FrozenLinear(*codes_and_scales(module), module.fmt, module.bias)
             new.adapter = module.adapter
             replace(model, name, new)
-        elif isinstance(module, LatentEmbedding) and module.fmt:
+        elif isinstance(module, LatentEmbedding) and module.fmt and module is not matrix:
             new = FrozenEmbedding(*codes_and_scales(module), module.fmt)
             replace(model, name, new)
-            own = name.startswith(f"{head}.")
-            if own or not isinstance(getattr(model, head), UntiedHead):
-                setattr(model, head, UntiedHead(new) if own else TiedHead(new))
+            if matrix is None:
+                setattr(model, head, TiedHead(new))
+    if isinstance(matrix, LatentEmbedding) and matrix.fmt:
+        setattr(model, head, UntiedHead(FrozenEmbedding(*codes_and_scales(matrix), matrix.fmt)))
     for name, p in model.named_parameters():
         p.requires_grad_(is_adapter(name))
     return model

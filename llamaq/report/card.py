@@ -1,10 +1,13 @@
 """Write the model card: README.md of a run's folder, in the form that model hubs read (YAML front matter, markdown)."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
 
+from llamaq.checkpoints.meta import PARAMS
 from llamaq.export.exporter import executorch_arguments
+from llamaq.export.patches import beyond_stock
 from llamaq.report.measured import measured_parts
 from llamaq.report.tables import MIB, MODELS, quality_table, table
 
@@ -69,23 +72,38 @@ def _measured_parts(measured: dict[str, Any]) -> list[str]:
 
 
 def _use_parts(facts: Facts) -> list[str]:
-    checkpoint: Path = facts["checkpoint"]
-    arguments = executorch_arguments(
-        checkpoint, Path("export/model.pte"), facts["export_options"], facts["pte_metadata"]
-    )
-    relative = checkpoint.relative_to(facts["folder"]).as_posix()
-    command = shlex.join(a.replace(str(checkpoint), relative) for a in arguments)
     return [
         "On a phone, with ExecuTorch's runner (llamaq's docs/export.md says how to build it):",
         "```bash\nadb push export/model.pte /data/local/tmp/llamaq/\n"
         'adb shell "cd /data/local/tmp/llamaq && ./llama_main --model_path model.pte --tokenizer_path tokenizer.model '
         "--prompt '…' --cpu_threads 4\"\n```",
-        f"To export again with ExecuTorch {facts['packages'].get('executorch', '')} (`{relative}`, in the run's "
-        "folder, is a checkpoint in Meta's layout):",
-        f"```bash\npython -m executorch.examples.models.llama.export_llama {command}\n```",
-        "With llama-models: its `quantization_args` loader reads `consolidated.00.pth` and `params.json` of that "
-        "checkpoint.",
+        *export_parts(facts),
     ]
+
+
+def export_parts(facts: Facts) -> list[str]:
+    """Say how to make the .pte again: with ExecuTorch's own command where it computes the same model, else llamaq."""
+    checkpoint, options, metadata = facts["checkpoint"], facts["export_options"], facts["pte_metadata"]
+    params = json.loads((checkpoint / PARAMS).read_text())
+    relative = checkpoint.relative_to(facts["folder"]).as_posix()
+    again = f"(`{relative}`, in the run's folder, is a checkpoint in Meta's layout)"
+    executorch = f"ExecuTorch {facts['packages'].get('executorch', '')}".strip()
+    if lacks := beyond_stock(params):
+        fields = ("max_seq_length", "max_context_length", "quantize_kv_cache", "dynamic_shape", "full_logits")
+        told = ", ".join(f"{name}={getattr(options, name)!r}" for name in fields)
+        return [
+            f"{executorch}'s own `export_llama` does not make this file: {lacks}. llamaq exports it again {again}:",
+            "```python\nfrom llamaq import ExportConfig, export_pte\n\n"
+            f'export_pte("{relative}", "export/model.pte", ExportConfig({told}), {metadata!r})\n```',
+        ]
+    arguments = executorch_arguments(checkpoint, Path("export/model.pte"), options, metadata)
+    command = shlex.join(a.replace(str(checkpoint), relative) for a in arguments)
+    parts = [
+        f"To export again with {executorch} {again}:",
+        f"```bash\npython -m executorch.examples.models.llama.export_llama {command}\n```",
+    ]
+    meta = "With llama-models: its `quantization_args` loader reads `consolidated.00.pth` and `params.json` of that "
+    return parts if "hidden_dim" in params else [*parts, f"{meta}checkpoint."]
 
 
 def write_card(folder: Path, card: str) -> bool:

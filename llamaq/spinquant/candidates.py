@@ -185,7 +185,7 @@ def make_candidate(
     batch_size, progress = setup.settings.batch_size, bar(f"{candidate.name}: judge", "batch")
     kl = judge(student, bf16, setup.selection, batch_size, setup.device, progress)  # [windows]
     contract = r.contract() if candidate.which else None
-    save_quantized(folder / "model", student.decoder.cpu(), setup.scheme, contract, student.head.cpu())
+    save_quantized(folder / "model", student.cpu().decoder, setup.scheme, contract)
     say(f"{candidate.name}: KL from BF16 {kl.mean():.3e} nats a token on {setup.selection.numel()} tokens")
     return {
         "kl": float(kl.mean()),

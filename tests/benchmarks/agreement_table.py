@@ -74,7 +74,7 @@ def save_model(c: Config, kind: str, folder: Path) -> CausalLM:
     attach_online(decoder, r.r4)
     freeze(decoder)
     model = CausalLM(decoder).eval()  # pyright: ignore[reportArgumentType]
-    save_quantized(folder, model.decoder, Scheme(), r.contract(), model.head)
+    save_quantized(folder, model.decoder, Scheme(), r.contract())
     return model
 
 

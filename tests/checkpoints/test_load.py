@@ -1,7 +1,9 @@
 """The three layouts give the same weights; what does not fit is refused by name."""
 
 import json
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ def write_meta(folder, weights, **extra):
     torch.save(tune_to_meta(weights) | extra, folder / "consolidated.00.pth")
 
 
-def write_hf(folder, weights, config=MappingProxyType({}), **extra):
+def write_hf(folder, weights, config: Mapping[str, Any] = MappingProxyType({}), **extra):
     tensors = tune_to_hf(weights, num_heads=4, num_kv_heads=2, dim=64) | extra
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     write_config(folder, **config)
@@ -164,7 +166,7 @@ def test_weights_that_are_not_those_of_config_json(tmp_path, weights):
     refused(tmp_path, message)
     with pytest.raises(UserError, match=message):
         check_start(tmp_path, meta_decoder(MODEL))
-    write_hf(tmp_path, weights, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)})
+    write_hf(tmp_path, weights, {}, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)})
     refused(tmp_path, r"1 keys not of this model \(first: model.layers.0.self_attn.q_proj.bias\)")
 
 

@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory):
     """A quantized checkpoint with adapters, and the same adapters as PEFT writes them."""
     torch.manual_seed(0)
     folder, model = tmp_path_factory.mktemp("peft"), trained_like(Scheme(), frozen=True)
-    save_quantized(folder / "model", model.decoder, Scheme(), head=model.head)
+    save_quantized(folder / "model", model.decoder, Scheme())
     save_peft(folder / "adapter", model.decoder, *ADAPTERS)
     return folder
 

@@ -11,7 +11,7 @@ from torchtune.models.convert_weights import hf_to_tune
 
 from llamaq.checkpoints.hugging_face import hf_rows
 from llamaq.checkpoints.load import load_checkpoint
-from llamaq.checkpoints.meta import ffn_params, model_params, save_float
+from llamaq.checkpoints.meta import feed_forward_width, ffn_params, model_params, save_float
 from llamaq.checkpoints.peft import save_peft, with_adapters
 from llamaq.checkpoints.quantized import load_quantized, save_quantized
 from llamaq.config import ExportConfig
@@ -123,23 +123,38 @@ def test_ffn_params_reproduce_the_width(dim, hidden):
     multiplier, multiple_of = ffn_params(dim, hidden)
     width = int(2 * 4 * dim / 3)  # llama-models' FeedForward
     width = multiple_of * ((int(multiplier * width) + multiple_of - 1) // multiple_of)
-    assert width == hidden
-    with pytest.raises(UserError, match="make it a multiple of 32"):
-        ffn_params(64, 250)
+    assert width == hidden and feed_forward_width({"dim": dim, **width_params(dim, hidden)}) == hidden
 
 
-def test_an_unknown_rope_scaling_is_refused():
-    with pytest.raises(UserError, match="scale_factor=8"):
-        model_params(build_model(MODEL | {"scale_factor": 8}, None, Scheme()).decoder)
+def width_params(dim: int, hidden: int) -> dict[str, float]:
+    found = ffn_params(dim, hidden)
+    assert found is not None
+    return {"ffn_dim_multiplier": found[0], "multiple_of": found[1]}
+
+
+def test_a_width_that_the_formula_does_not_make_is_written_as_it_is():
+    params = model_params(build_decoder(MODEL | {"intermediate_dim": 250}))
+    assert ffn_params(64, 250) is None
+    assert params["hidden_dim"] == feed_forward_width(params) == 250 and "multiple_of" not in params
+
+
+def test_rope_scalings_as_executorch_computes_them(tmp_path):
+    known = model_params(build_decoder(MODEL))
+    assert known["use_scaled_rope"] is True and "rope_scale_factor" not in known
+    for factor, executorch_model in ((32, "llama3_2"), (8, "llama3_1")):
+        params = model_params(build_decoder(MODEL | {"scale_factor": factor}))
+        (tmp_path / "params.json").write_text(json.dumps(params))
+        assert f"--model {executorch_model} " in " ".join(executorch_arguments(tmp_path, tmp_path, ExportConfig()))
+    assert params["rope_scale_factor"] == 8
 
 
 def test_a_method_s_checkpoint_is_written_again_where_an_interrupted_export_left_half_of_it(exported, tmp_path):
     folder, _, frozen = exported
     save_peft(tmp_path / "adapter", frozen.decoder, *ADAPTERS)
-    whole = tensors_of(with_adapters(folder, tmp_path / "adapter", tmp_path / "whole"))
+    whole = tensors_of(with_adapters(folder, tmp_path / "adapter", tmp_path / "whole", trusted=True))
     (tmp_path / "methods" / "other").mkdir(parents=True)
     (tmp_path / "methods" / "other" / "consolidated.00.pth").write_bytes(b"half of it")
-    again = tensors_of(with_adapters(folder, tmp_path / "adapter", tmp_path / "methods" / "other"))
+    again = tensors_of(with_adapters(folder, tmp_path / "adapter", tmp_path / "methods" / "other", trusted=True))
     assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
     assert (tmp_path / "methods/other/params.json").read_text() == (folder / "params.json").read_text()
 

@@ -4,6 +4,7 @@ import json
 import struct
 import time
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -201,7 +202,12 @@ def test_folders_that_are_none(tmp_path):
 
 def test_a_1b_folder_is_described_at_once_and_no_weight_is_read(tmp_path):
     """The file is all hole: 2.5 GB that are not there."""
-    size = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+    size: dict[str, Any] = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     write_config(tmp_path, **size, num_hidden_layers=16, vocab_size=128256)
     with torch.device("meta"):
         shapes = {k: list(v.shape) for k, v in tensors_of(**size, num_hidden_layers=16, vocab_size=128256).items()}

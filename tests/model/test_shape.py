@@ -1,7 +1,7 @@
 """Sizes and names of a decoder, against torchtune's own modules at the real shapes."""
 
 import pytest
-from conftest import MODEL
+from conftest import FORMS, MODEL
 from torch import nn
 
 from llamaq.model.build import build_model, meta_decoder
@@ -14,6 +14,7 @@ MODELS = {
     "tiny": MODEL,
     "1B": {"_component_": "torchtune.models.llama3_2.llama3_2_1b"},
     "3B": {"_component_": "torchtune.models.llama3_2.llama3_2_3b"},
+    **FORMS,
 }
 
 
@@ -25,6 +26,9 @@ def test_counts_are_those_of_the_modules(model):
     assert shape.weights == sum(p.numel() for p in decoder.parameters())
     assert shape.linears == sum(m.weight.numel() for m in linears)
     assert shape.embedding == decoder.tok_embeddings.weight.numel()
+    assert shape.ends == shape.embedding + (
+        decoder.output.weight.numel() if isinstance(decoder.output, nn.Linear) else 0
+    )
     assert shape.adapters_per_rank == sum(m.in_features + m.out_features for m in linears)
 
 
@@ -36,7 +40,8 @@ def test_the_shape_of_1b_by_hand():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_prepared_model_has_the_same_shape(frozen):
-    assert Shape.of(build_model(MODEL, None, Scheme(), frozen=frozen).decoder) == Shape.of(meta_decoder(MODEL))
+    for model in (MODEL, *FORMS.values()):
+        assert Shape.of(build_model(model, None, Scheme(), frozen=frozen).decoder) == Shape.of(meta_decoder(model))
 
 
 def test_every_table_of_linears_has_the_seven():

@@ -9,7 +9,7 @@ from torch import nn
 
 from llamaq.errors import UserError
 from llamaq.model.build import build_decoder, build_model
-from llamaq.quant.modules import Adapter, FrozenLinear, LatentLinear, TiedHead
+from llamaq.quant.modules import Adapter, FrozenLinear, LatentLinear, TiedHead, codes_and_scales
 from llamaq.quant.prepare import LLAMA_LINEARS, add_adapters, freeze, merge_adapters, prepare, quantized_linears
 from llamaq.quant.scheme import Scheme, WeightFormat, fake_quantize
 
@@ -105,11 +105,23 @@ def test_a_group_that_does_not_divide_names_the_layer_and_the_setting():
         prepare(build_decoder(MODEL), Scheme(group_size=128))
 
 
-def test_biases_and_models_without_linears_are_refused():
-    model = nn.Module()
-    model.layers = nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": nn.Linear(32, 32, bias=True)})})])
-    with pytest.raises(UserError, match="bias"):
-        prepare(model, Scheme())
+def test_a_group_of_a_whole_row_is_refused():
+    """ExecuTorch's loader squeezes scales [n, 1] to [n], and then does not find them."""
+    with pytest.raises(UserError, match=r"layers\.0\.attn\.q_proj has 64 inputs, one group of scheme\.group_size=64"):
+        prepare(build_decoder(MODEL), Scheme(group_size=64))
+
+
+def test_a_bias_is_added_in_both_states_and_not_quantized():
+    bias, x = nn.Parameter(torch.randn(8)), torch.randn(3, 64)
+    latent = LatentLinear(nn.Parameter(torch.randn(8, 64)), Scheme().linear, bias)
+    frozen = FrozenLinear(*codes_and_scales(latent), Scheme().linear, bias)
+    without = LatentLinear(latent.weight, latent.fmt)
+    assert torch.equal(latent(x), frozen(x)) and torch.allclose(latent(x), without(x) + bias, atol=1e-6)
+    latent(x).sum().backward()
+    assert torch.equal(bias.grad, torch.full((8,), 3.0))
+
+
+def test_models_without_linears_are_refused():
     with pytest.raises(UserError, match="nothing to quantize"):
         prepare(nn.Sequential(nn.Linear(32, 32)), Scheme())
     assert LLAMA_LINEARS.fullmatch("layers.10.mlp.w3") and not LLAMA_LINEARS.fullmatch("layers.1.mlp.w3.adapter")

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, saved_variant, small
+from conftest import FORMS, SMALL, saved_variant, small
 
-from llamaq.config import Config, load
+from llamaq.config import Config, ExportConfig, load
 from llamaq.config.view import only
 from llamaq.errors import UserError
 from llamaq.evaluate.models import Models
 from llamaq.evaluate.sensitivity import ENDS
 from llamaq.export.benchmark import MEASURES
 from llamaq.model.names import LINEARS
-from llamaq.report.card import MARK, write_card
+from llamaq.report.card import MARK, export_parts, write_card
 from llamaq.report.facts import REPORTED, describe_data, layer_error_curves, loss_curves
 from llamaq.report.measured import first_block, measured_parts, speed_summary
 from llamaq.report.publish import plot_measured, report_chain, report_spinquant
@@ -293,6 +293,30 @@ def test_curves_are_those_of_the_stages_that_ran(tmp_path):
 def test_a_dataset_is_named_without_its_path():
     dataset = {"_component_": "torchtune.datasets.chat_dataset", "source": "json", "data_files": "/data/mine/a.jsonl"}
     assert describe_data(dataset) == "`a.jsonl` by `torchtune.datasets.chat_dataset`"
+
+
+def test_a_card_gives_executorchs_command_only_where_that_makes_the_file(tmp_path):
+    said = {}
+    for name, kind in (("qwen2", "qat"), ("qwen2", "qat_lora"), ("qwen3", "spinquant")):
+        folder = tmp_path / name / kind
+        saved_variant(folder / "model", kind, FORMS[name])
+        facts = {
+            "folder": folder,
+            "checkpoint": folder / "model",
+            "export_options": ExportConfig(max_seq_length=100),
+            "pte_metadata": {"get_bos_id": 1},
+            "packages": {"executorch": "1.4.1"},
+        }
+        said[kind] = "\n".join(export_parts(facts))
+    assert "-m executorch.examples.models.llama.export_llama" in said["qat"] and "llama-models" not in said["qat"]
+    for kind in ("qat_lora", "spinquant"):
+        assert "-m executorch" not in said[kind] and "1.4.1's own `export_llama` does not make this file" in said[kind]
+        code = said[kind].split("```python\n")[1].split("\n```")[0]
+        called: list[Any] = []
+        imports, _, call = code.partition("\n")
+        assert imports == "from llamaq import ExportConfig, export_pte"
+        exec(call, {"ExportConfig": ExportConfig, "export_pte": lambda *a, to=called: to.extend(a)})
+        assert called[0] == "model" and called[2] == ExportConfig(max_seq_length=100) and called[3] == {"get_bos_id": 1}
 
 
 def test_a_card_of_the_users_own_stays(tmp_path):

@@ -90,7 +90,8 @@ class Packs(Sequence):
         begin, end = self.begins[index], self.begins[index + 1]
         first, last = np.searchsorted(p.offsets, [begin, end - 1], side="right") - 1  # the sequences it has parts of
         starts = p.offsets[first : last + 1]
-        lengths = np.diff(np.clip(np.append(starts, p.offsets[last + 1]), begin, end))
+        ends = np.append(starts, p.offsets[last + 1]).clip(begin, end)
+        lengths = ends[1:] - ends[:-1]
         position = (np.arange(begin, end) - np.repeat(starts, lengths)) % self.length
         tokens, labels = tokens_and_labels(p.values[begin:end])
         room = self.length - len(tokens)

@@ -50,7 +50,7 @@ def reference(run: Run) -> Path:
             save_tensors(folder / "reference.safetensors", {"logprobs": logprobs})
         return {"pairs": len(pairs), **skipped_rows(pairs)}
 
-    return run.stage("reference", build, c, [backbone, adapters])
+    return run.stage("reference", build, c, [backbone, adapters], version=2)
 
 
 def qat_dpo(run: Run) -> Path:
@@ -68,7 +68,7 @@ def qat_dpo(run: Run) -> Path:
         save_weights(folder, weights)
         return metrics | skipped_rows(pairs)
 
-    return run.stage("qat_dpo", build, c, inputs)
+    return run.stage("qat_dpo", build, c, inputs, version=2)
 
 
 def stage_two(run: Run) -> list[Path]:

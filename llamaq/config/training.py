@@ -18,8 +18,9 @@ class TrainingConfig:
 
     dataset: Component = MISSING
     """The training data, e.g. `torchtune.datasets.chat_dataset`. For `qat_dpo` it is pairs, e.g.
-    `torchtune.datasets.preference_dataset`. `_component_` is a torchtune dataset builder, called with the tokenizer
-    (docs/data.md). Samples longer than `tokenizer.max_seq_len` are cut."""
+    `torchtune.datasets.preference_dataset`. `source: json` reads the files, folders or patterns in `data_files`
+    (docs/data.md). Every row is checked and tokenized before the first step. Samples longer than
+    `tokenizer.max_seq_len` are cut."""
 
     optimizer: Component = MISSING
     """The optimizer, e.g. `torch.optim.AdamW` with `lr: 1.0e-5`. `_component_` is a `torch.optim.Optimizer`, called

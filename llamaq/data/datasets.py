@@ -15,7 +15,7 @@ from llamaq.config.components import instantiate
 from llamaq.data.batches import IGNORE
 from llamaq.data.forms import form_of
 from llamaq.data.prepare import PLACES_SHOWN, prepare
-from llamaq.data.prepared import Prepared
+from llamaq.data.prepared import Prepared, open_prepared
 from llamaq.data.sources import local_files
 from llamaq.errors import UserError
 from llamaq.runs.ranks import from_rank_zero, say
@@ -81,10 +81,11 @@ def training_samples(training: TrainingConfig, tokenizer: Any, stage: str, cache
 def build_on_all_ranks(
     component: Component, tokenizer: Any, setting: str, cache: Path, limit: int | None = None
 ) -> Any:
-    """Build a dataset as `build_dataset` does, called by every rank: one prepares it, then all map it."""
-    if form_of(component, setting) is not None:
-        from_rank_zero(lambda: len(build_dataset(component, tokenizer, setting, cache, limit)))
-    return build_dataset(component, tokenizer, setting, cache, limit)
+    """Build a dataset as `build_dataset` does, called by every rank: rank 0 prepares it, and then all map it."""
+    if form_of(component, setting) is None:
+        return build_dataset(component, tokenizer, setting)
+    folder = from_rank_zero(lambda: build_dataset(component, tokenizer, setting, cache, limit).prepared.folder)
+    return open_prepared(folder).samples()
 
 
 # --- what the user is told -------------------------------------------------------------------------------------------

@@ -338,15 +338,18 @@ def check_scores(row: Row) -> None:
         Problem: it has.
     """
     for chosen, rejected in SCORES:
-        a, b = row.get(chosen), row.get(rejected)
-        if _is_score(a) and _is_score(b) and a < b:
+        a, b = _score(row.get(chosen)), _score(row.get(rejected))
+        if a is not None and b is not None and a < b:
             raise Problem(f": {chosen}={a} is below {rejected}={b}; are the answers swapped?")
-    if _is_score(row.get("margin")) and row["margin"] < 0:
-        raise Problem(f": margin={row['margin']} says that the rejected answer is better; are the answers swapped?")
+    margin = _score(row.get("margin"))
+    if margin is not None and margin < 0:
+        raise Problem(f": margin={margin} says that the rejected answer is better; are the answers swapped?")
 
 
-def _is_score(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+def _score(value: Any) -> float | None:
+    """Return a score as it stands in the row; None for what is none, such as NaN."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and not math.isnan(value) else None
 
 
 # --- plain text ------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def _write(
 
 
 @contextlib.contextmanager
-def _bar(source: Source, setting: str) -> Iterator[Callable[["_Found"], None]]:
+def _bar(source: Source, setting: str) -> Iterator[Callable[["_Found"], Any]]:
     """Show a progress bar, unless the data takes no time; yield what moves it on."""
     in_bytes = source.unit == "bytes"
     if in_bytes and source.size <= IN_ONE_PROCESS:

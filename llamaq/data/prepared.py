@@ -9,6 +9,7 @@ meta.json                           counts, and what the user is told
 """
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX as IGNORE
 
 META = "meta.json"
+PATIENCE_SECONDS = 60.0
 Sample = dict[str, Any]
 
 
@@ -43,6 +45,14 @@ class Prepared:
         if self.meta["pairs"]:
             return Pairs(self)
         return Samples(self) if self.packs is None else Packs(self, self.packs)
+
+
+def open_prepared(folder: Path) -> Prepared:
+    """Open a folder that another rank has just written: a network file system may show it some seconds later."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (folder / META).is_file() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return Prepared(folder)
 
 
 def tokens_and_labels(marked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +90,8 @@ class Packs(Sequence):
         begin, end = self.begins[index], self.begins[index + 1]
         first, last = np.searchsorted(p.offsets, [begin, end - 1], side="right") - 1  # the sequences it has parts of
         starts = p.offsets[first : last + 1]
-        lengths = np.diff(np.clip(np.append(starts, p.offsets[last + 1]), begin, end))
+        ends = np.append(starts, p.offsets[last + 1]).clip(begin, end)
+        lengths = ends[1:] - ends[:-1]
         position = (np.arange(begin, end) - np.repeat(starts, lengths)) % self.length
         tokens, labels = tokens_and_labels(p.values[begin:end])
         room = self.length - len(tokens)

@@ -13,7 +13,9 @@ from llamaq.data.text import read_documents
 from llamaq.errors import UserError
 from llamaq.runs.manifest import content_hash
 
-OWN_ARGUMENTS = ("data_files", "split", "field", "streaming", "filter_fn")  # of files that llamaq reads itself
+# of files that llamaq reads itself, and what is only about how the `datasets` library works
+OWN_ARGUMENTS = ("data_files", "split", "field", "streaming")
+_OF_THE_LIBRARY = ("num_proc", "cache_dir", "keep_in_memory", "download_mode", "verification_mode")
 OWN_SOURCES = ("json", "parquet")
 
 
@@ -58,7 +60,7 @@ def source_of(component: Component, form: Form, setting: str) -> Source:
     files, source = local_files(component, form, setting), str(_source(component))
     if form.kind == "windows":
         file = files[0]
-        return Source(setting, str(file), content_hash(file), file.stat().st_size, "bytes", [], document=source)
+        return Source(setting, str(file), _hash_of(file, setting), file.stat().st_size, "bytes", [], document=source)
     return _own(files, component, setting) if files else _of_datasets(source, _arguments(component), setting)
 
 
@@ -101,16 +103,19 @@ def _arguments(component: Component) -> dict[str, Any]:
 def _own(files: list[Path], component: Component, setting: str) -> Source:
     arguments = _arguments(component)
     for key in arguments:
-        if key not in OWN_ARGUMENTS:
+        if key not in (*OWN_ARGUMENTS, *_OF_THE_LIBRARY):
             near = difflib.get_close_matches(key, ("conversation_column", "column_map", "packed", *OWN_ARGUMENTS), n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(OWN_ARGUMENTS[:3])}"
             raise UserError(f"{setting}.{key}: no argument of a dataset of local files has this name{hint}")
-    try:
-        identity = [content_hash(file) for file in files]
-        size = sum(file.stat().st_size for file in files)
-    except OSError as e:
-        raise UserError(f"{setting}.data_files: {e.filename} cannot be read ({e.strerror})") from e
+    identity, size = [_hash_of(file, setting) for file in files], sum(file.stat().st_size for file in files)
     return Source(setting, ", ".join(map(str, files[:3])), identity, size, "bytes", files, arguments.get("field"))
+
+
+def _hash_of(file: Path, setting: str) -> str:
+    try:
+        return content_hash(file)
+    except OSError as e:
+        raise UserError(f"{setting}: {file} cannot be read ({e.strerror})") from e
 
 
 def _of_datasets(source: str, arguments: dict[str, Any], setting: str) -> Source:

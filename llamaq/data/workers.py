@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -22,7 +22,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+def in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Generator[Any, None, None]:
     """Yield `work(item)` for each item, in the items' order, computed by so many processes; 0 or 1: by this one.
 
     The processes are forks of this one, so `work` need not be picklable. Two items for each process are in flight.

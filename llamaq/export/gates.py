@@ -51,7 +51,7 @@ def gate_tokens(c: Config) -> list[int]:
     wanted = min(c.export.gate_tokens, c.export.max_context_length)
     tokens: list[int] = []
     for i in range(len(samples)):
-        tokens += samples[i]["tokens"].tolist()
+        tokens += map(int, samples[i]["tokens"])
         if len(tokens) >= wanted:
             break
     return tokens[:wanted]

@@ -57,7 +57,7 @@ def _stream(dataset: Any, seed: int, wanted: int) -> list[int]:
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     stream: list[int] = []
     for index in order:
-        stream += dataset[index]["tokens"].tolist()
+        stream += map(int, dataset[index]["tokens"])
         if len(stream) >= wanted:
             break
     return stream

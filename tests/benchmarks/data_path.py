@@ -4,7 +4,8 @@
     python tests/benchmarks/data_path.py --rows 50000 --no-pairs
 
 Prints a table. Each measurement is a process of its own. "first" starts with nothing prepared, "again" is the next one.
-Memory is the resident memory of the process less what its imports take, and that of its largest worker.
+CPU seconds are those of all its processes. Memory is the resident memory of the process less what its imports take, and
+that of its largest worker.
 """
 
 import argparse
@@ -39,9 +40,8 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(*args.measure)))
         return
-    print(
-        "| data | rows | size | path | first batch after | MiB of memory | of a worker |\n| - | - | - | - | - | - | - |"
-    )
+    columns = ["data", "rows", "size", "path", "first batch after", "CPU", "MiB of memory", "of a worker"]
+    print("|", " | ".join(columns), "|\n|", " | ".join("-" for _ in columns), "|")
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder)
         tiny_chat(corpus, **CORPUS)
@@ -52,7 +52,12 @@ def main() -> None:
             for way in ways:
                 row = in_a_process(corpus, file, way)
                 size = f"{file.stat().st_size / MIB:.0f} MiB"
-                cells = [f"{row['seconds']:.1f} s", f"{row['memory']:.0f}", f"{row['worker']:.0f}"]
+                cells = [
+                    f"{row['seconds']:.1f} s",
+                    f"{row['cpu']:.1f} s",
+                    f"{row['memory']:.0f}",
+                    f"{row['worker']:.0f}",
+                ]
                 print("|", " | ".join([kind, f"{count:,}", size, way, *cells]), "|", flush=True)
             file.unlink()
 
@@ -94,7 +99,7 @@ def measure(corpus: str, file: str, way: str) -> dict[str, float]:
         "max_seq_len": 512,
     }
     tokenizer = build_tokenizer(tokenizer_section, 768)
-    before, start = peak(resource.RUSAGE_SELF), time.perf_counter()
+    before, start, used = peak(resource.RUSAGE_SELF), time.perf_counter(), cpu()
     if way == "torchtune":
         from llamaq.config.components import instantiate
 
@@ -106,7 +111,7 @@ def measure(corpus: str, file: str, way: str) -> dict[str, float]:
         samples = build_dataset(section, tokenizer, "x", Path(corpus) / f"cache-{Path(file).name}")
     (collate_pairs if pairs else collate_sft)([samples[i] for i in range(8)], tokenizer.pad_id)
     seconds, memory = time.perf_counter() - start, peak(resource.RUSAGE_SELF) - before
-    return {"seconds": seconds, "memory": memory, "worker": peak(resource.RUSAGE_CHILDREN)}
+    return {"seconds": seconds, "cpu": cpu() - used, "memory": memory, "worker": peak(resource.RUSAGE_CHILDREN)}
 
 
 def component(file: str) -> tuple[dict[str, Any], bool]:
@@ -115,6 +120,12 @@ def component(file: str) -> tuple[dict[str, Any], bool]:
         return {"_component_": "torchtune.datasets.preference_dataset", "source": "json", "data_files": file}, True
     columns = {"conversation_column": "messages", "conversation_style": "openai", "packed": True}
     return {"_component_": "torchtune.datasets.chat_dataset", "source": "json", "data_files": file, **columns}, False
+
+
+def cpu() -> float:
+    """Return the CPU seconds of this process and of its workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def peak(who: int) -> float:

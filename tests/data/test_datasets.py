@@ -185,7 +185,7 @@ def test_pairs_are_collated_chosen_first(corpus):
     batch = collate_pairs(samples, pad_id=0)
     assert batch["tokens"].shape[0] == 6
     assert batch["reference"].tolist() == [0, 1, 2, -0.0, -1, -2]
-    rejected = samples[0]["rejected_input_ids"].tolist()
+    rejected = list(samples[0]["rejected_input_ids"])
     assert batch["tokens"][3, : len(rejected)].tolist() == rejected
 
 

@@ -55,7 +55,7 @@ def base(run: Run) -> Path:
             save_float(folder / "model", weights, model_params(meta_decoder(c.model)))
         return metrics
 
-    return run.stage("base", build, c)
+    return run.stage("base", build, c, version=2)
 
 
 def qat(run: Run, control: bool = False) -> Path:
@@ -69,7 +69,7 @@ def qat(run: Run, control: bool = False) -> Path:
         save_weights(folder, weights)
         return metrics
 
-    return run.stage(name, build, c, start_inputs(c))
+    return run.stage(name, build, c, start_inputs(c), version=2)
 
 
 def recipe(run: Run) -> None:

@@ -48,7 +48,7 @@ def reference(run: Run) -> Path:
             save_tensors(folder / "reference.safetensors", {"logprobs": logprobs})
         return {"pairs": len(pairs), "skipped_pairs": skipped}
 
-    return run.stage("reference", build, c, [backbone, adapters])
+    return run.stage("reference", build, c, [backbone, adapters], version=2)
 
 
 def qat_dpo(run: Run) -> Path:
@@ -67,7 +67,7 @@ def qat_dpo(run: Run) -> Path:
         save_weights(folder, weights)
         return metrics | {"skipped_pairs": skipped}
 
-    return run.stage("qat_dpo", build, c, inputs)
+    return run.stage("qat_dpo", build, c, inputs, version=2)
 
 
 def stage_two(run: Run) -> list[Path]:

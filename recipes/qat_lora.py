@@ -36,7 +36,7 @@ def qat_lora(run: Run, control: bool = False) -> Path:
         save_weights(folder, weights)
         return metrics
 
-    return run.stage(name, build, c, [backbone])
+    return run.stage(name, build, c, [backbone], version=2)
 
 
 def recipe(run: Run) -> None:

@@ -121,7 +121,9 @@ class Conversation:
         """Work out the prompt of the turns; the cache stays good as far as it is what it was `before`."""
         self._prompt = self._transcript.prompt(self._turns)
         now = self.tokens
-        same = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now))
+        )
         self._read = min(self._read, same)
 
     def _generate(self, interrupted: Callable[[], bool]) -> Iterator[int]:

@@ -1,9 +1,9 @@
 """Render conversations with a model's chat template, and know which of the text its assistants say.
 
-A chat template is Jinja code that turns messages into text. It is run in jinja2's sandbox, which torch brings along, set
-up as transformers does it: importing transformers takes 3 to 8 seconds, neither torchtune nor ExecuTorch needs it, and
-it can neither tell who said what nor keep the text `<|im_end|>` in a message apart from the end of a turn. A test
-compares the ids with `apply_chat_template`.
+A chat template is Jinja code that turns messages into text. It runs in jinja2's sandbox, set up as transformers does it.
+transformers itself is not used: importing it takes 3 to 8 seconds, neither torchtune nor ExecuTorch needs it (torch does
+need jinja2), and it does not tell who said what in a template it knows nothing of. A test compares the ids with those of
+its `apply_chat_template`.
 
 Marks: characters that Unicode keeps for a program's own use (U+FDD0 and on) travel through the template. HIDDEN breaks
 the text of special tokens in messages, so that what is whole afterwards was written by the template. OPEN and CLOSE
@@ -228,9 +228,9 @@ class ChatTemplate:
         for inside in (False, True):
             marked = [_enclosed(m, inside) if m.get("role") == "assistant" else m for m in messages]
             found = self._error(marked, tools, False)
-            if isinstance(found, str) and found.replace(OPEN, "").replace(CLOSE, "") == text:
-                if found.count(OPEN) == found.count(CLOSE) == turns:
-                    return self._with_ends(found)
+            same = isinstance(found, str) and found.replace(OPEN, "").replace(CLOSE, "") == text
+            if isinstance(found, str) and same and found.count(OPEN) == found.count(CLOSE) == turns:
+                return self._with_ends(found)
         raise UserError(
             "the chat template does not show which text its assistants say; put {% generation %} and "
             "{% endgeneration %} around it in the template (tokenizer.chat_template)"
@@ -344,7 +344,7 @@ def _parsed(arguments: Any) -> Any:
 
 
 def _with_text_arguments(messages: list[Message]) -> list[Message] | None:
-    """Return messages with the arguments of tool calls as text, which some templates want; None if they are, or none are."""
+    """Return messages with tool calls' arguments as text, which some templates want; None if that changes nothing."""
 
     def as_text(arguments: Any) -> Any:
         return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
@@ -359,7 +359,7 @@ def _with_text_arguments(messages: list[Message]) -> list[Message] | None:
 
 
 def _broken(match: re.Match[str]) -> str:
-    """Break a special token; a character that Unicode keeps for a program's own use becomes the replacement character."""
+    """Break a special token; a noncharacter, which Unicode keeps for programs' own use, becomes U+FFFD."""
     return "\ufffd" if "\ufdd0" <= match[0] <= "\ufdef" else match[0][0] + HIDDEN + match[0][1:]
 
 
@@ -407,9 +407,7 @@ def _compile(code: str, day: date) -> Any:
     def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     sandbox.filters["tojson"] = tojson
     sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": day.strftime}
     try:

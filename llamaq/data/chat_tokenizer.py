@@ -7,8 +7,8 @@ from llamaq.data.chat_template import ChatTemplate, Message
 from llamaq.errors import UserError
 
 NO_TEMPLATE = (
-    "the tokenizer has no chat template; name one (tokenizer.chat_template=FILE.jinja), start from a chat model, or set "
-    "export.chat=false and use data without turns"
+    "the tokenizer has no chat template; name one (tokenizer.chat_template=FILE.jinja), start from a chat model, or "
+    "use data without turns and set export.chat=false"
 )
 
 

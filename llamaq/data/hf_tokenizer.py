@@ -94,7 +94,7 @@ class HFTokenizer(ChatTokenizer):
         eos = ids.get("eos_token", stops[0] if stops else None)
         if eos is None:
             raise UserError(
-                f"tokenizer.path={path}: nothing says which token ends a text; give the tokenizer_config.json beside it "
+                f"tokenizer.path={path}: nothing says which token ends a text; give its tokenizer_config.json "
                 "(tokenizer.config), with an eos_token"
             )
         pads = [i for text in PADS if (i := self._tokenizer.token_to_id(text)) is not None]
@@ -167,7 +167,7 @@ def _load(path: str) -> Any:
     try:
         tokenizer = Tokenizer.from_file(path)
     except Exception as e:  # the library raises Exception itself
-        meta = not _bytes(path)[:1] == b"{"
+        meta = _bytes(path)[:1] != b"{"
         hint = "; for Meta's tokenizer.model use _component_: torchtune.models.llama3.llama3_tokenizer" if meta else ""
         said = " ".join(str(e).split())[:120]
         raise UserError(f"tokenizer.path={path}: not a tokenizer.json of Hugging Face ({said}){hint}") from e
@@ -220,7 +220,9 @@ def _add_tokens(tokenizer: Any, settings: dict[str, Any], names: dict[str, str])
                 "tokenizer.json: the two files do not belong together"
             )
     known = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
-    further = [text for text in _further(settings, names) if text not in known and tokenizer.token_to_id(text) is not None]
+    further = [
+        text for text in _further(settings, names) if text not in known and tokenizer.token_to_id(text) is not None
+    ]
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in further])
 
 

@@ -1,8 +1,8 @@
 """Llama 3's own tokenizer (Meta's tokenizer.model, read by torchtune), with Llama 3's chat template in two forms.
 
-`torchtune` is what torchtune's `tokenize_messages` makes: the turns, and `<|end_of_text|>` behind the last. `meta` is what
-Meta and Hugging Face's files make: a system turn with the model's cutoff and today's date stands before everything, also
-without a system message. Both write tools, tool calls and their results as Meta does.
+`torchtune` is what torchtune's `tokenize_messages` makes: the turns, and `<|end_of_text|>` behind the last. `meta` is
+what Meta and Hugging Face's files make: a system turn with the model's cutoff and a date stands before everything, also
+without a system message. Both write tools and tool calls as Meta does.
 """
 
 import hashlib
@@ -149,4 +149,3 @@ class Llama3Tokenizer(ChatTokenizer):
         given = [TorchtuneMessage(role=m["role"], content=m.get("content") or "") for m in messages]
         texts = ["".join(part["content"].strip() for part in m.content) for m in self._wrap()(given)]
         return [m | {"content": text} for m, text in zip(messages, texts, strict=True)]
-

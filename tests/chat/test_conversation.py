@@ -1,7 +1,5 @@
 """Conversations: tokens piece by piece, the KV cache, a full context, and answers as they stream."""
 
-from typing import Any
-
 import pytest
 import torch
 from conftest import MODEL, random_weights, saved_variant, trained_like
@@ -110,7 +108,12 @@ def test_a_prompt_is_that_of_training_and_a_long_one_is_not_cut(tokenizer):
     messages = [Message(role="user", content="Who?"), Message(role="assistant", content="30.")]
     trained = tokenizer.tokenize_messages(messages)[0]
     prompt = prompt_tokens(tokenizer, "Who?", chat=True)
-    assert trained == [*prompt, *tokenizer.encode("30.", add_bos=False, add_eos=False), tokenizer.eot_id, tokenizer.eos_id]
+    assert trained == [
+        *prompt,
+        *tokenizer.encode("30.", add_bos=False, add_eos=False),
+        tokenizer.eot_id,
+        tokenizer.eos_id,
+    ]
     assert prompt_tokens(tokenizer, "Who?", chat=False) == tokenizer.encode("Who?", add_bos=True, add_eos=False)
     long = prompt_tokens(tokenizer, "Who? " * 60, chat=True)
     assert len(long) > tokenizer.max_seq_len and long[-5:] == prompt[-5:]  # ends where the answer begins

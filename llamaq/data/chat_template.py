@@ -1,9 +1,9 @@
 """Render conversations with a model's chat template, and know which of the text its assistants say.
 
-A chat template is Jinja code that turns messages into text. It runs in jinja2's sandbox, set up as transformers does it.
-transformers itself is not used: importing it takes 3 to 8 seconds, neither torchtune nor ExecuTorch needs it (torch does
-need jinja2), and it does not tell who said what in a template it knows nothing of. A test compares the ids with those of
-its `apply_chat_template`.
+A chat template is Jinja code that turns messages into text. It runs in jinja2's sandbox, set up as in transformers.
+transformers itself is not used: importing it takes 3 to 8 seconds, neither torchtune nor ExecuTorch needs it (torch needs
+jinja2), and it does not tell who said what in a template that does not say it. A test compares the ids with those of its
+`apply_chat_template`.
 
 Marks: characters that Unicode keeps for a program's own use (U+FDD0 and on) travel through the template. HIDDEN breaks
 the text of special tokens in messages, so that what is whole afterwards was written by the template. OPEN and CLOSE
@@ -21,11 +21,12 @@ from datetime import date
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from llamaq.data.sandbox import CLOSE, OPEN, compile_template
 from llamaq.errors import UserError
 
 Message = dict[str, Any]
 
-HIDDEN, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+HIDDEN = "\ufdd0"
 NONCHARACTERS = "[\ufdd0-\ufdef]"
 # Templates that name the day get this one unless a setting says another: what Llama's own template falls back to. It
 # must not be today's, or a run would train on other tokens when it is resumed tomorrow.
@@ -111,7 +112,7 @@ class ChatTemplate:
             self.day = date.fromisoformat(day)
         except (TypeError, ValueError) as e:
             raise UserError(f"tokenizer.date={day}: give a day as YYYY-MM-DD, e.g. {DEFAULT_DATE}") from e
-        self._compiled = {name: _compile(code, self.day) for name, code in self.source.items()}
+        self._compiled = {name: compile_template(code, self.day) for name, code in self.source.items()}
         self._variables = variables
         longest_first = sorted(special, key=len, reverse=True)
         self._added = sorted({*special, *added}, key=len, reverse=True)
@@ -372,45 +373,3 @@ def _enclosed(message: Message, inside: bool) -> Message:
     before = content[: len(content) - len(content.lstrip())] if inside else ""
     after = content[len(before) + len(body) :]
     return message | {"content": f"{before}{OPEN}{body}{CLOSE}{after}"}
-
-
-# --- the environment --------------------------------------------------------------------------------------------------
-
-
-def _compile(code: str, day: date) -> Any:
-    """Compile a template in a sandbox with what transformers gives templates.
-
-    Raises:
-        UserError: it is no Jinja code.
-    """
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """Reads `{% generation %}…{% endgeneration %}` and puts marks around what is inside."""
-
-        tags = {"generation"}  # noqa: RUF012  (jinja2's way)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-        def _mark(self, caller: Callable[[], str]) -> str:
-            return f"{OPEN}{caller()}{CLOSE}"
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    sandbox.filters["tojson"] = tojson
-    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": day.strftime}
-    try:
-        return sandbox.from_string(code)
-    except jinja2.TemplateSyntaxError as e:
-        raise UserError(f"the chat template is no Jinja code that can be read: line {e.lineno}: {e.message}") from e

@@ -1,13 +1,13 @@
 """Present a model or a .pte to lm-evaluation-harness, and measure perplexity by its convention.
 
-Models and files answer the same questions in the same tokens: a context begins as the tokenizer begins a text, once:
-Llama's with <|begin_of_text|>, SmolLM2's and Qwen's with nothing. An empty context is one token, the tokenizer's bos or,
-where it has none, its eos. What is too long is cut on the left.
+Models and files answer the same questions in the same tokens. A context begins as the tokenizer begins a text, once:
+Llama's with <|begin_of_text|>, SmolLM2's and Qwen's with nothing. An empty context is one token, the tokenizer's bos
+or, where it has none, its eos. What is too long is cut on the left.
 
 Perplexity follows the harness. A document is read in windows of `max_length` tokens. The first window is read after the
 token of an empty context, every other one after the last token of the window before. The last window reaches back so
-that it is as long as the others, but every token is scored once. Token-level perplexity is exp(nll / tokens), word-level
-perplexity exp(nll / words between white space), and bits per byte are nll / ln 2 / UTF-8 bytes.
+that it is as long as the others, but every token is scored once. Token-level perplexity is exp(nll / tokens),
+word-level perplexity exp(nll / words between white space), and bits per byte are nll / ln 2 / UTF-8 bytes.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Render conversations with a model's chat template, and know which of the text its assistants say.
 
 A chat template is Jinja code that turns messages into text. It runs in jinja2's sandbox, set up as in transformers.
-transformers itself is not used: importing it takes 3 to 8 seconds, neither torchtune nor ExecuTorch needs it (torch needs
-jinja2), and it does not tell who said what in a template that does not say it. A test compares the ids with those of its
-`apply_chat_template`.
+transformers itself is not used: importing it takes 3 to 8 seconds, neither torchtune nor ExecuTorch needs it (torch
+needs jinja2), and it does not tell who said what in a template that does not say it. A test compares the ids with those
+of its `apply_chat_template`.
 
 Marks: characters that Unicode keeps for a program's own use (U+FDD0 and on) travel through the template. HIDDEN breaks
 the text of special tokens in messages, so that what is whole afterwards was written by the template. OPEN and CLOSE
@@ -27,7 +27,7 @@ from llamaq.errors import UserError
 Message = dict[str, Any]
 
 HIDDEN = "\ufdd0"
-NONCHARACTERS = "[\ufdd0-\ufdef]"
+NO_TEXT = "[\ufdd0-\ufdef\ud800-\udfff]"  # noncharacters, and halves of a character
 # Templates that name the day get this one unless a setting says another: what Llama's own template falls back to. It
 # must not be today's, or a run would train on other tokens when it is resumed tomorrow.
 DEFAULT_DATE = "2024-07-26"
@@ -116,7 +116,7 @@ class ChatTemplate:
         self._variables = variables
         longest_first = sorted(special, key=len, reverse=True)
         self._added = sorted({*special, *added}, key=len, reverse=True)
-        self._in_messages = re.compile("|".join([*map(re.escape, longest_first), NONCHARACTERS]))
+        self._in_messages = re.compile("|".join([*map(re.escape, longest_first), NO_TEXT]))
         self._marked = re.compile("|".join([*(special[t] for t in longest_first), f"[{HIDDEN}{OPEN}{CLOSE}]"]))
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.ends = {*ends, *filter(None, [self._end_of_turn()])}
@@ -139,8 +139,8 @@ class ChatTemplate:
             UserError: the template cannot render it; the message is named by its number, from 1.
         """
         # the template sees copies in which nothing but the template's own special tokens is whole
-        plain = [self._hide(_plain(message, number)) for number, message in enumerate(messages, 1)]
-        hidden = self._hide(tools)
+        plain = [self._hide(_plain(message, n), f"message {n}") for n, message in enumerate(messages, 1)]
+        hidden = self._hide(tools, "tools")
         text = self._text(plain, hidden, opened)
         if opened:
             return self._parse(text.replace(OPEN, "").replace(CLOSE, ""), [])
@@ -180,13 +180,20 @@ class ChatTemplate:
                 return self._error(texts, tools, opened)
             return e
 
-    def _hide(self, value: Any) -> Any:
-        """Break special tokens in all texts of a value: none is whole afterwards."""
+    def _hide(self, value: Any, where: str) -> Any:
+        """Break special tokens in all texts of a value: none is whole afterwards.
+
+        Raises:
+            UserError: half of a UTF-16 pair, which no text can have; `where` says in what.
+        """
         if isinstance(value, str):
-            return self._in_messages.sub(_broken, value)
+            try:
+                return self._in_messages.sub(_broken, value)
+            except UnicodeError as e:
+                raise UserError(f"{where}: half a character ({e}): the file was not written as UTF-8") from e
         if isinstance(value, dict):
-            return {self._hide(k): self._hide(v) for k, v in value.items()}
-        return [self._hide(v) for v in value] if isinstance(value, (list, tuple)) else value
+            return {self._hide(k, where): self._hide(v, where) for k, v in value.items()}
+        return [self._hide(v, where) for v in value] if isinstance(value, (list, tuple)) else value
 
     # --- what assistants say -----------------------------------------------------------------------------------------
 
@@ -196,6 +203,8 @@ class ChatTemplate:
         A template with `{% generation %}` blocks says it itself. Else a turn is what follows the header that the
         template opens for an answer. A template without such a header is run again with marks in the messages.
         """
+        if not turns:
+            return text
         if OPEN in text:
             return self._with_ends(text)
         marked = self._mark_by_header(text, turns)
@@ -209,7 +218,7 @@ class ChatTemplate:
             if len(places) == turns:
                 break
         else:
-            return None if turns else text
+            return None
         parts, last = [], 0
         for place, following in zip(places, [*places[1:], len(text)], strict=True):
             start = place + len(next(h for h in self.headers if text.startswith(h, place)))
@@ -360,7 +369,13 @@ def _with_text_arguments(messages: list[Message]) -> list[Message] | None:
 
 
 def _broken(match: re.Match[str]) -> str:
-    """Break a special token; a noncharacter, which Unicode keeps for programs' own use, becomes U+FFFD."""
+    """Break a special token; a noncharacter, which Unicode keeps for programs' own use, becomes U+FFFD.
+
+    Raises:
+        UnicodeError: half a character.
+    """
+    if "\ud800" <= match[0] <= "\udfff":
+        raise UnicodeError(ascii(match[0]))
     return "\ufffd" if "\ufdd0" <= match[0] <= "\ufdef" else match[0][0] + HIDDEN + match[0][1:]
 
 

@@ -46,4 +46,4 @@ def compile_template(code: str, day: date) -> Any:
     try:
         return sandbox.from_string(code)
     except jinja2.TemplateSyntaxError as e:
-        raise UserError(f"the chat template is no Jinja code that can be read: line {e.lineno}: {e.message}") from e
+        raise UserError(f"tokenizer.chat_template: no Jinja code that can be read: line {e.lineno}: {e.message}") from e

@@ -250,7 +250,8 @@ LOOP = "{% for m in messages %}BODY{% endfor %}"
 )
 def test_a_template_without_a_header_of_its_own(sections, tmp_path, trim, said):
     """As in Mistral's: nothing marks where an answer begins, but the end of the user's turn."""
-    body = "{% if m.role == 'user' %}[INST] {{ m.content TRIM }} [/INST]{% else %}{{ m.content TRIM }}<|im_end|>{% endif %}"
+    body = "{% if m.role == 'user' %}[INST] {{ m.content TRIM }} [/INST]"
+    body += "{% else %}{{ m.content TRIM }}<|im_end|>{% endif %}"
     code = LOOP.replace("BODY", body.replace(" TRIM", trim))
     tokenizer = with_template(sections["chatml"], tmp_path, code)
     assert learned(tokenizer, QUESTIONS) == said

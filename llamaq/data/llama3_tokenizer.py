@@ -33,7 +33,6 @@ _SYSTEM_WITH_DATE = """\
 {{- (messages[0].content | trim if messages[0].role == 'system' else '') + '<|eot_id|>' }}
 """
 _TEMPLATE = """\
-{%- macro turn(role) %}{{ '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}{% endmacro %}
 {{- bos_token }}
 SYSTEM
 {%- set rest = messages[1:] if messages[0].role == 'system' else messages %}
@@ -71,7 +70,9 @@ def template_code(form: str) -> str:
     meta = form == "meta"
     code = _TEMPLATE.replace("SYSTEM\n", _SYSTEM_WITH_DATE if meta else _SYSTEM_IF_GIVEN)
     # Meta's form writes even plain text as JSON; torchtune writes every message as it is
-    return code.replace("TOOL_RESULT", "message.content | tojson" if meta else "message.content | trim")
+    code = code.replace("TOOL_RESULT", "message.content | tojson" if meta else "message.content | trim")
+    # written out, since not every program that reads templates knows macros
+    return re.sub(r"turn\((.*?)\)", r"('<|start_header_id|>' + \1 + '<|end_header_id|>\\n\\n')", code)
 
 
 class Llama3Tokenizer(ChatTokenizer):

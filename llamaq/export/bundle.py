@@ -72,9 +72,23 @@ def write_tokenizer_files(c: Config, tokenizer: Any, folder: Path) -> list[str]:
             *names,
             *(n for n in ("tokenizer.json", "tokenizer_config.json", "special_tokens.json") if n not in names),
         ]
+    if (folder / "tokenizer.json").is_file():
+        without_nfc(folder / "tokenizer.json")
     if tokenizer.template is not None:
         write_template(tokenizer.template.source, folder / "tokenizer_config.json")
     return names
+
+
+def without_nfc(file: Path) -> None:
+    """Take the NFC normalizer, which Qwen's tokenizers have, out of a tokenizer.json.
+
+    Under it the C++ tokenizer of ExecuTorch 1.4.1 (pytorch_tokenizers 1.5.0) reads `é` as `e`. Keyboards write text in
+    NFC already, and then no normalizer is needed for the ids to be right.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if (content.get("normalizer") or {}).get("type") == "NFC":
+        content["normalizer"] = None
+        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def write_template(source: dict[str, str], config: Path) -> None:
@@ -159,7 +173,8 @@ adb shell "cd /data/local/tmp/llama && ./llama_main --model_path model.pte --tok
 ```
 
 The prompt is written as the model was trained to read it, because `llama_main` knows no chat templates. The tokenizer
-recognises special tokens in it. If there are both `tokenizer.model` and `tokenizer.json`, they give the same ids.
+recognises special tokens in it. If there are both `tokenizer.model` and `tokenizer.json`, they give the same ids. Text
+has to be in Unicode's form NFC, as keyboards write it.
 """
 
 

@@ -113,9 +113,9 @@ class Config:
     (CONTRIBUTING.md)."""
 
     tokenizer: Component = MISSING
-    """The tokenizer, e.g. `torchtune.models.llama3.llama3_tokenizer`. `path` is Meta's `tokenizer.model`; Hugging
-    Face's `tokenizer.json` is not read. `max_seq_len` is the most tokens of a training sample and the length of
-    calibration windows."""
+    """The tokenizer: `llamaq.data.hf_tokenizer.hf_tokenizer`, whose `path` is a `tokenizer.json`, or
+    `torchtune.models.llama3.llama3_tokenizer`, whose `path` is Meta's `tokenizer.model`. `max_seq_len` is the most
+    tokens of a training sample and the length of calibration windows. docs/data.md has the other keys (Tokenizers)."""
 
     corpus: Component | None = None
     """A function that makes the data first, e.g. `llamaq.data.corpus.tiny_chat`. It writes data files (and perhaps a

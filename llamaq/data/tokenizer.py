@@ -26,6 +26,7 @@ FILES = {
         "generation_config": "generation_config.json",
     },
 }
+OURS = ("template", "date")  # keys of a section with torchtune's component that llamaq reads itself
 # The tokenizer names these ids, but a text model has no rows for them; they never occur in text.
 _NOT_IN_TEXT = ("<|image|>", "<|video|>")
 
@@ -50,7 +51,7 @@ def build_tokenizer(component: Component, vocab_size: int) -> Any:
     # tiktoken caches files by their path alone, in the temporary folder and across runs: a tokenizer that changed
     # at the same path would be read as it was before; an empty folder name turns that off
     os.environ["TIKTOKEN_CACHE_DIR"] = ""
-    ours = {k: v for k, v in component.items() if k in ("template", "date")} if name == LLAMA3 else {}
+    ours = {k: v for k, v in component.items() if k in OURS} if name == LLAMA3 else {}
     try:
         tokenizer = instantiate({k: v for k, v in component.items() if k not in ours}, setting="tokenizer")
     except (ValueError, KeyError, IndexError) as e:

@@ -60,9 +60,7 @@ def _license(facts: Facts) -> str:
 
 def _licences(facts: Facts) -> str:
     named = facts["license_name"] or facts["license"]
-    known = (
-        f"({named})" if named and named != "other" else "(its folder does not say which: look it up where it is from)"
-    )
+    known = f"({named})" if named and named != "other" else "(its folder does not name it: look it up where it is from)"
     text = f"The weights are derived from `{facts['base']}` and stay under its licence {known}."
     if (facts["license"] or "").startswith("llama"):
         text += " Llama's licence asks for its text, “Built with Llama”, and a name that begins with “Llama”."

@@ -144,8 +144,13 @@ class ChatTemplate:
         text = self._text(plain, hidden, opened)
         if opened:
             return self._parse(text.replace(OPEN, "").replace(CLOSE, ""), [])
-        said = [m for m in messages if m.get("role") == "assistant"]
-        return self._parse(self._mark(text, plain, hidden, len(said)), [m.get("weight", 1) != 0 for m in said])
+        wanted = [m.get("weight", 1) != 0 for m in messages if m.get("role") == "assistant"]
+        marked = self._mark(text, plain, hidden, len(wanted))
+        if not all(wanted) and marked.count(OPEN) != len(wanted):
+            raise UserError(
+                "weight: the chat template has not one {% generation %} block for each answer, so none can be left out"
+            )
+        return self._parse(marked, wanted)
 
     # --- text --------------------------------------------------------------------------------------------------------
 

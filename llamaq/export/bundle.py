@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llamaq.config import Config
+from llamaq.config import Component, Config
 from llamaq.config.view import only
 from llamaq.data.tokenizer import copy_tokenizer, tokenizer_of
 from llamaq.export.bundle_tokenizer import is_tiktoken, write_tokenizer
@@ -24,7 +24,7 @@ def bundle(run: Run) -> Path:
     """Collect the exported file, its tokenizer, settings, card and checksums; return the stage's folder."""
     c = only(run.config, "tokenizer", "model", "export.chat", "export.max_seq_length", "export.max_context_length")
     exported, card = run.need("export", made_by="tune run export_executorch"), run.folder / CARD
-    licences = from_rank_zero(lambda: licences_of(c))
+    licences, metas = from_rank_zero(lambda: (licences_of(c), metas_tokenizer(c.tokenizer)))
 
     def build(folder: Path) -> dict[str, Any]:
         metrics = run.metrics("export")
@@ -37,13 +37,13 @@ def bundle(run: Run) -> Path:
         text = card.read_text(encoding="utf-8").replace("export/model.pte", MODEL)
         (folder / CARD).write_text(text, encoding="utf-8")
         (folder / "HOWTO.md").write_text(howto(tokenizer, tokenizer_files, settings, c.export.chat), encoding="utf-8")
-        for path in licences:
+        for path in (*licences, *metas):
             shutil.copyfile(path, folder / path.name)
         write_sums(folder, {MODEL: metrics["sha256"]})
         say(f"files for apps: {folder.with_name('bundle')}")
         return {"model": metrics["sha256"]}
 
-    return run.stage("bundle", on_rank_zero(build), c, [exported, card, *licences], version=2)
+    return run.stage("bundle", on_rank_zero(build), c, [exported, card, *licences, *metas], version=2)
 
 
 def licences_of(c: Config) -> list[Path]:
@@ -52,6 +52,23 @@ def licences_of(c: Config) -> list[Path]:
     if not c.checkpoint_dir or not folder.is_dir():
         return []
     return sorted(p for pattern in LICENCES for p in folder.glob(pattern) if p.is_file())
+
+
+def metas_tokenizer(component: Component) -> list[Path]:
+    """Return Meta's tokenizer.model, which Llama's Hugging Face folders hold too, if it has the ids of tokenizer.json.
+
+    Its lines are the tokens, and 256 special ones follow.
+    """
+    path = Path(str(component.get("path")))
+    if path.suffix != ".json":
+        return []
+    files = [path.parent / folder / "tokenizer.model" for folder in ("original", "")]
+    found = [f for f in files if f.is_file()]
+    if not found:
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    ids = {*content["model"]["vocab"].values(), *(t["id"] for t in content.get("added_tokens", []))}
+    return [f for f in found if f.read_bytes().count(b"\n") + 256 == len(ids)][:1]
 
 
 def link_or_copy(source: Path, target: Path) -> None:

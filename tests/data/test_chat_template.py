@@ -236,7 +236,7 @@ def test_special_tokens_in_messages_stay_text(tokenizers, kind):
 
 # --- templates of other forms -----------------------------------------------------------------------------------------
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"role": "user", "content": " One? "},
     {"role": "assistant", "content": " Rome. "},
     {"role": "user", "content": "Two?"},

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 from llamaq.config import ExportConfig, load
 from llamaq.data.corpus import tiny_chat
 from llamaq.data.tokenizer import build_tokenizer, prompt_tokens
-from llamaq.export.bundle import bundle, howto, write_tokenizer_files
+from llamaq.export.bundle import bundle, howto, metas_tokenizer, write_tokenizer_files
 from llamaq.export.bundle_tokenizer import hugging_face_tokenizer, special_tokens_of, write_tokenizer
 from llamaq.export.exporter import export_pte
 from llamaq.export.gates import runner_constants
@@ -195,6 +196,17 @@ def test_a_hugging_face_tokenizer_is_copied_with_the_template_that_was_trained(t
         "tokenizer.json" in text and "chat_template.jinja" in text and tokenizer.render(QUESTION, opened=True) in text
     )
     assert "begin_of_text" not in text and "Llama 3" not in text
+
+
+def test_metas_file_beside_a_tokenizer_json_is_taken_if_it_has_the_same_ids(corpus, tokenizers, tmp_path):
+    shutil.copyfile(tokenizers[1] / "tokenizer.json", tmp_path / "tokenizer.json")
+    section = {"path": str(tmp_path / "tokenizer.json")}
+    assert metas_tokenizer(section) == [] == metas_tokenizer({"path": str(corpus / "tokenizer.model")})
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e sentencepiece")
+    assert metas_tokenizer(section) == []
+    (tmp_path / "original").mkdir()
+    shutil.copyfile(corpus / "tokenizer.model", tmp_path / "original" / "tokenizer.model")
+    assert metas_tokenizer(section) == [tmp_path / "original" / "tokenizer.model"]
 
 
 def test_ids_without_a_name_and_names_without_a_row(corpus, tmp_path):

@@ -130,9 +130,17 @@ def answer(run: Run) -> Path:
         prompt, stop = prompt_tokens(tokenizer, e.prompt, e.chat), list(tokenizer.stop_tokens)
         text = tokenizer.decode(Pte(exported / "model.pte").generate(prompt, e.max_new_tokens, stop))
         say(f"{e.prompt} → {text}")
-        return {"prompt": e.prompt, "answer": text}
+        return {"prompt": e.prompt, "answer": text} | shown_in_template(tokenizer, e.prompt, text, e.chat)
 
-    return run.stage("answer", on_rank_zero(build), c, [exported])
+    return run.stage("answer", on_rank_zero(build), c, [exported], version=2)
+
+
+def shown_in_template(tokenizer: Any, question: str, text: str, chat: bool) -> dict[str, str]:
+    """Return the name of the chat template, and question and answer as it writes them, for report and card."""
+    if not chat:
+        return {"template": "no chat template: the model continues text", "conversation": question + text}
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    return {"template": tokenizer.template_name, "conversation": tokenizer.render(turns)}
 
 
 def recipe(run: Run) -> None:

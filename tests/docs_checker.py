@@ -7,6 +7,7 @@ not exist. What exists is read from the code itself: the config's schema, the pa
 import ast
 import builtins
 import dataclasses
+import inspect
 import itertools
 import re
 import shlex
@@ -22,6 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from llamaq.cli import OWN_COMMANDS, RAY_COMMANDS, RECIPES
 from llamaq.config import Config, packaged_configs
+from llamaq.data.hf_tokenizer import hf_tokenizer
+from llamaq.data.tokenizer import OURS
 
 ROOT = Path(__file__).parent.parent
 WITH_WRONG_NAMES = Path(__file__).parent / "test_docs.py"
@@ -117,7 +120,10 @@ def is_module(name: str) -> bool:
 
 
 def is_setting(path: str) -> bool:
-    """Tell whether a dotted path is a setting; arguments of components must occur in a packaged config."""
+    """Tell whether a dotted path is a setting.
+
+    Arguments of components must occur in a packaged config, or be those of llamaq's tokenizers.
+    """
     schema: Any = Config
     parts = path.split(".")
     for i, part in enumerate(parts):
@@ -134,6 +140,8 @@ def is_setting(path: str) -> bool:
             files = (ROOT / "cluster" / "deepspeed").glob("*.json")
             return any(all(f'"{key}"' in file.read_text() for key in rest) for file in files)
         else:
+            if parts[0] == "tokenizer" and rest[0] in {*inspect.signature(hf_tokenizer).parameters, *OURS}:
+                return True
             return "dict" in str(annotation) and any(OmegaConf.select(c, path) is not None for c in configs())
     return True
 

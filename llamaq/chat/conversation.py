@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llamaq.chat.transcript import Transcript, Turn
 from llamaq.config import ChatConfig
-from llamaq.data.tokenizer import Template, text_of
+from llamaq.data.tokenizer import text_of
 from llamaq.errors import UserError
 
 KEPT = 3 / 4  # of a full context that stays when old turns are dropped, so that it is not read again every turn
@@ -55,7 +56,7 @@ class Conversation:
     """Questions and answers of any number of turns.
 
     When the context is full, the oldest turns are dropped and the rest is read again, since every position changes.
-    The opening (BOS and the system prompt) stays.
+    The system prompt stays.
     """
 
     def __init__(self, model: Model, tokenizer: Any, c: ChatConfig, chat: bool = True):
@@ -68,12 +69,13 @@ class Conversation:
             chat: whether to use the chat template; without it the model continues a text.
         """
         self.model, self._tokenizer, self._c = model, tokenizer, c
-        self._template = Template(tokenizer, chat, c.system)
+        self._transcript = Transcript(tokenizer, chat, c.system)
         self.reset()
 
     def reset(self) -> None:
         """Forget all turns."""
-        self._turns: list[list[int]] = []
+        self._turns: list[Turn] = []
+        self._prompt: list[int] = []  # everything up to the present answer
         self._read = 0  # how many of `tokens` the cache holds
         self._generator = torch.Generator().manual_seed(self._c.seed)
         self.answer = Answer()
@@ -81,7 +83,7 @@ class Conversation:
     @property
     def tokens(self) -> list[int]:
         """Return the conversation so far: as it stands in the cache, and what is to be read next."""
-        return sum(self._turns, self._template.opening)
+        return [*self._prompt, *self._turns[-1].answer] if self._turns else []
 
     def ask(self, question: str, interrupted: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Yield the answer in pieces of text as they come; `self.answer` tells the rest.
@@ -103,16 +105,26 @@ class Conversation:
         yield text_of(self._tokenizer, self.answer.tokens)[len(shown) :]
 
     def _begin(self, question: str) -> None:
-        turn, room = self._template.turn(question), self.model.max_context_length
-        if len(self._template.opening) + len(turn) > room:
+        turn, room = Turn(question), self.model.max_context_length
+        alone = len(self._transcript.prompt([turn]))
+        if alone > room:
             raise UserError(
-                f"this takes {len(turn)} tokens, and the context has {room - len(self._template.opening)} "
-                "(export.max_context_length, less the system prompt): ask something shorter"
+                f"this takes {alone} tokens with what the template and the system prompt add, and the context has "
+                f"{room} (export.max_context_length): ask something shorter"
             )
-        if self._turns:
-            self._turns[-1] += self._template.closing
+        before = self.tokens
         self._turns.append(turn)
+        self._write(before)
         self.answer = Answer()
+
+    def _write(self, before: list[int]) -> None:
+        """Work out the prompt of the turns; the cache stays good as far as it is what it was `before`."""
+        self._prompt = self._transcript.prompt(self._turns)
+        now = self.tokens
+        same = next(
+            (i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now))
+        )
+        self._read = min(self._read, same)
 
     def _generate(self, interrupted: Callable[[], bool]) -> Iterator[int]:
         answer = self.answer
@@ -126,7 +138,7 @@ class Conversation:
                 answer.ended = "stop"
                 return
             answer.tokens.append(token)
-            self._turns[-1].append(token)
+            self._turns[-1].answer.append(token)
             yield token
 
     def _read_on(self, interrupted: Callable[[], bool]) -> Tensor | None:
@@ -149,9 +161,10 @@ class Conversation:
         room = self.model.max_context_length
         if len(self.tokens) > room:
             while len(self._turns) > 1 and len(self.tokens) > room * KEPT:
+                before = self.tokens
                 del self._turns[0]
                 self.answer.dropped += 1
-                self._read = min(self._read, len(self._template.opening))
+                self._write(before)
         return len(self.tokens) <= room
 
     def _choose(self, logits: Tensor) -> int:

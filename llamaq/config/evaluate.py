@@ -59,7 +59,7 @@ class EvaluateConfig:
     """Examples before each question, 0 or more. Unset: each task's own number."""
 
     tasks_chat: bool = False
-    """Ask in Llama 3's chat template. For instruction-tuned models."""
+    """Ask in the tokenizer's chat template. For instruction-tuned models."""
 
     perplexity_text: str | None = None
     """Plain text file to measure perplexity on, by token and word. Form feeds separate its documents. Every model and

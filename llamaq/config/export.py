@@ -51,7 +51,7 @@ class ExportConfig:
     """A prompt that the exported file answers. The answer is in the report."""
 
     chat: bool = True
-    """Put the prompt into Llama 3's chat template. `false` for models of plain text."""
+    """Put the prompt into the tokenizer's chat template. `false` for models of plain text."""
 
     max_new_tokens: int = 48
     """Tokens of the answer to `prompt`, at most; 0 or more. Prompt and answer have to fit into

@@ -116,8 +116,10 @@ class Config:
     tokenizer: Component = field(default_factory=dict)
     """The tokenizer. Leave out `_component_` and `path`: it is `tokenizer.json` or Meta's `tokenizer.model` in
     `checkpoint_dir`. `max_seq_len` is the most tokens of a training sample and the length of calibration windows; unset
-    it is 2048, or the model's positions if they are fewer. A tokenizer from elsewhere is e.g.
-    `torchtune.models.llama3.llama3_tokenizer` with `path: tokenizer.model`."""
+    it is 2048, or the model's positions if they are fewer. A tokenizer from elsewhere is
+    `llamaq.data.hf_tokenizer.hf_tokenizer`, whose `path` is a `tokenizer.json`, or
+    `torchtune.models.llama3.llama3_tokenizer`, whose `path` is Meta's `tokenizer.model`; docs/data.md has the other keys
+    (Tokenizers)."""
 
     corpus: Component | None = None
     """A function that makes the data first, e.g. `llamaq.data.corpus.tiny_chat`. It writes data files (and perhaps a

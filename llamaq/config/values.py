@@ -32,17 +32,11 @@ PATHS = frozenset(
 )
 # arguments of components (tokenizers, datasets) that hold a path or the name of something, whatever it looks like
 COMPONENT_PATHS = (
-    "path",
-    "special_tokens_path",
-    "merges_file",
-    "chat_template",
-    "generation_config",
-    "source",
-    "data_files",
-    "data_dir",
+    *("path", "special_tokens_path", "merges_file", "config", "chat_template", "generation_config"),
+    *("source", "data_files", "data_dir"),
 )
 MAY_BE_UNNAMED = ("model", "tokenizer")  # sections whose `_component_` may come from the checkpoint
-COMPONENT_TEXTS = ("_component_", *COMPONENT_PATHS)
+COMPONENT_TEXTS = ("_component_", "date", *COMPONENT_PATHS)
 TEXT = frozenset([str, list[str], dict[str, str]])
 
 

@@ -1,6 +1,8 @@
-"""The tokenizer of a run, and prompts as the model saw them in training."""
+"""The tokenizer of a run, and prompts as the model saw them in training.
 
-import copy
+Whatever the component, `build_tokenizer` returns a `ChatTokenizer` (`llamaq/data/chat_tokenizer.py`).
+"""
+
 import os
 import shutil
 from pathlib import Path
@@ -8,10 +10,24 @@ from typing import Any
 
 from llamaq.config import Component, Config
 from llamaq.config.components import instantiate
+from llamaq.data.llama3_tokenizer import COMPONENT as LLAMA3
+from llamaq.data.llama3_tokenizer import Llama3Tokenizer
 from llamaq.errors import UserError
 from llamaq.model.shape import shape_of
 
-# Llama's tokenizer names these ids, but a text model has no rows for them; they never occur in text.
+HUGGING_FACE = "llamaq.data.hf_tokenizer.hf_tokenizer"
+# arguments that hold a file, and the name under which a copy of it is found
+FILES = {
+    LLAMA3: {"path": "tokenizer.model", "special_tokens_path": "special_tokens.json"},
+    HUGGING_FACE: {
+        "path": "tokenizer.json",
+        "config": "tokenizer_config.json",
+        "chat_template": "chat_template.jinja",
+        "generation_config": "generation_config.json",
+    },
+}
+OURS = ("template", "date")  # keys of a section with torchtune's component that llamaq reads itself
+# The tokenizer names these ids, but a text model has no rows for them; they never occur in text.
 _NOT_IN_TEXT = ("<|image|>", "<|video|>")
 
 
@@ -23,93 +39,103 @@ def tokenizer_of(c: Config) -> Any:
 def build_tokenizer(component: Component, vocab_size: int) -> Any:
     """Build the tokenizer and check it against the model's vocabulary.
 
+    For Llama 3's own tokenizer the section may have two keys of llamaq's beside torchtune's: `template`, the form of
+    the chat template, and `date`.
+
     Raises:
-        UserError: file missing or not a tiktoken file, or token ids the model has no row for.
+        UserError: file missing or not of its kind, or token ids the model has no row for.
     """
-    for key in ("path", "special_tokens_path"):
-        path = component.get(key)
-        if path and not Path(path).is_file():
-            raise UserError(f"tokenizer.{key}={path}: no such file")
+    name = component["_component_"]
+    for key in FILES.get(name, ()):
+        _check_file(component, key)
     # tiktoken caches files by their path alone, in the temporary folder and across runs: a tokenizer that changed
     # at the same path would be read as it was before; an empty folder name turns that off
     os.environ["TIKTOKEN_CACHE_DIR"] = ""
+    ours = {k: v for k, v in component.items() if k in OURS} if name == LLAMA3 else {}
     try:
-        tokenizer = instantiate(component, setting="tokenizer")
+        tokenizer = instantiate({k: v for k, v in component.items() if k not in ours}, setting="tokenizer")
     except (ValueError, KeyError, IndexError) as e:
         if isinstance(e, UserError):
             raise
-        raise UserError(f"tokenizer.path={component.get('path')}: not a tokenizer of this kind ({e})") from e
-    special = getattr(tokenizer, "special_tokens", {})
-    largest = max([tokenizer.base_vocab_size - 1, *(i for t, i in special.items() if t not in _NOT_IN_TEXT)])
-    if largest >= vocab_size:
-        raise UserError(
-            f"the tokenizer has ids up to {largest}, the model only {vocab_size} rows (model.vocab_size); "
-            "tokenizer and model do not belong together (or special_tokens_path is missing)"
-        )
+        said = " ".join(str(e).split())[:120]
+        raise UserError(f"tokenizer.path={component.get('path')}: not a tokenizer of this kind ({said})") from e
+    if name == LLAMA3:
+        form, day = ours.get("template", "torchtune"), ours.get("date")
+        tokenizer = Llama3Tokenizer(tokenizer, component["path"], form, **({"date": day} if day else {}))
+    elif not hasattr(tokenizer, "fingerprint"):
+        raise UserError(f"tokenizer._component_={name}: use {HUGGING_FACE} for a tokenizer.json, or {LLAMA3}")
+    _check_ids(tokenizer, vocab_size)
     return tokenizer
 
 
+def _check_file(component: Component, key: str) -> None:
+    """Check that a file is there and of the right kind.
+
+    Raises:
+        UserError: it is not, with what to use instead.
+    """
+    path = component.get(key)
+    if not path:
+        return
+    file, tool = Path(path), component["_component_"]
+    if not file.is_file():
+        near = [f for f in (file.parent, file.parent.parent) if (f / "tokenizer.json").is_file()]
+        hint = (
+            f"; {near[0]}/tokenizer.json is there: use _component_: {HUGGING_FACE} with it, or leave the section "
+            "tokenizer out"
+            if tool == LLAMA3 and key == "path" and near
+            else ""
+        )
+        raise UserError(f"tokenizer.{key}={path}: no such file{hint}")
+    with file.open("rb") as f:
+        begins_as_json = f.read(64).lstrip()[:1] == b"{"
+    if tool == LLAMA3 and key == "path" and begins_as_json:
+        raise UserError(
+            f"tokenizer.path={path}: a tokenizer.json of Hugging Face, and {LLAMA3} reads Meta's tokenizer.model; use "
+            f"_component_: {HUGGING_FACE}, or leave the section tokenizer out"
+        )
+
+
+def _check_ids(tokenizer: Any, vocab_size: int) -> None:
+    """Check that the model has a row for every id.
+
+    Raises:
+        UserError: naming the first token without one.
+    """
+    special = {i: t for t, i in tokenizer.special_tokens.items() if t not in _NOT_IN_TEXT}
+    largest = max([tokenizer.base_vocab_size - 1, *special])
+    if largest < vocab_size:
+        return
+    named = [f"{special[i]} is {i}" for i in sorted(special) if i >= vocab_size]
+    raise UserError(
+        f"the tokenizer has ids up to {largest}{f' ({named[0]})' if named else ''}, the model only {vocab_size} rows "
+        "(model.vocab_size): they do not belong together, or tokens were added to the tokenizer and the model was not "
+        "resized, or special_tokens_path is missing"
+    )
+
+
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """Tokenize a prompt as in training: a user's turn and the start of the answer, or plain text after BOS."""
-    template = Template(tokenizer, chat)
-    return template.opening + template.turn(prompt)
+    """Tokenize a prompt as in training: a user's turn and the start of the answer, or plain text."""
+    if not chat:
+        return text_opening(tokenizer) + tokenizer.encode(prompt, add_bos=False, add_eos=False)
+    return tokenizer.prompt([{"role": "user", "content": prompt}])
 
 
-def chat_tokens(tokenizer: Any, *turns: tuple[str, str]) -> list[int]:
-    """Tokenize turns (role, text) as in training, the last of them left open for the model to go on.
-
-    Nothing is cut off: `tokenizer.max_seq_len` is for training samples.
-    """
-    from torchtune.data import Message
-
-    unlimited = copy.copy(tokenizer)
-    unlimited.max_seq_len = None
-    messages = [Message(role=role, content=text) for role, text in turns]  # pyright: ignore[reportArgumentType]
-    return unlimited.tokenize_messages(messages, add_end_tokens=False)[0]
-
-
-class Template:
-    """Turn a conversation into tokens piece by piece.
-
-    `opening`, then for each turn `turn(question)`, the tokens of the answer and `closing`: joined, the pieces are what
-    the tokenizer makes of the whole conversation, because it encodes message by message. Plain text opens with BOS, and
-    a line break stands between turns.
-    """
-
-    def __init__(self, tokenizer: Any, chat: bool, system: str | None = None):
-        """Work out the pieces.
-
-        Args:
-            tokenizer: of the run.
-            chat: whether to use the tokenizer's chat template.
-            system: a system prompt, which becomes part of the opening.
-        """
-        self._tokenizer, self._chat = tokenizer, chat
-        if not chat:
-            self.opening, self.closing = [tokenizer.bos_id], self.turn("\n")
-            return
-        answer, turn = ("assistant", ""), self.turn("")
-        before = [] if system is None else [("system", system)]
-        self.opening = chat_tokens(tokenizer, *before, ("user", ""), answer)[: -len(turn)]
-        after_answer = chat_tokens(tokenizer, answer, ("user", ""), answer)
-        self.closing = after_answer[len(chat_tokens(tokenizer, answer)) : -len(turn)]
-
-    def turn(self, text: str) -> list[int]:
-        """Return the tokens of a question, up to where its answer begins."""
-        if not self._chat:
-            return self._tokenizer.encode(text, add_bos=False, add_eos=False)
-        return chat_tokens(self._tokenizer, ("user", text), ("assistant", ""))[1:]  # without BOS
+def text_opening(tokenizer: Any) -> list[int]:
+    """Return what the tokenizer puts in front of plain text: BOS, or nothing."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
 def text_of(tokenizer: Any, tokens: list[int]) -> str:
     """Decode tokens. Ids that only round up the size of the model's vocabulary have no text."""
-    known, special = tokenizer.base_vocab_size, set(getattr(tokenizer, "special_tokens", {}).values())
+    known, special = tokenizer.base_vocab_size, set(tokenizer.special_tokens.values())
     return tokenizer.decode([t for t in tokens if t < known or t in special])
 
 
-def copy_tokenizer(component: Component, folder: Path) -> None:
-    """Copy the tokenizer's files into a checkpoint's folder, under the name that loaders look for."""
-    if component.get("path"):
-        shutil.copyfile(component["path"], folder / "tokenizer.model")
-    if component.get("special_tokens_path"):
-        shutil.copyfile(component["special_tokens_path"], folder / Path(component["special_tokens_path"]).name)
+def copy_tokenizer(component: Component, folder: Path) -> list[str]:
+    """Copy the tokenizer's files into a folder, under the names that loaders look for; return the names."""
+    names = FILES.get(component["_component_"], {})
+    copied = [key for key in names if component.get(key)]
+    for key in copied:
+        shutil.copyfile(component[key], folder / names[key])
+    return [names[key] for key in copied]

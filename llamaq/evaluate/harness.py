@@ -1,12 +1,13 @@
 """Present a model or a .pte to lm-evaluation-harness, and measure perplexity by its convention.
 
-Models and files answer the same questions in the same tokens: a context begins with <|begin_of_text|>, once; an empty
-context is that token alone; what is too long is cut on the left.
+Models and files answer the same questions in the same tokens. A context begins as the tokenizer begins a text, once:
+Llama's with <|begin_of_text|>, SmolLM2's and Qwen's with nothing. An empty context is one token, the tokenizer's bos
+or, where it has none, its eos. What is too long is cut on the left.
 
-Perplexity follows the harness. A document is read in windows of `max_length` tokens. The first window is read after
-<|begin_of_text|>, every other one after the last token of the window before. The last window reaches back so that it
-is as long as the others, but every token is scored once. Token-level perplexity is exp(nll / tokens), word-level
-perplexity exp(nll / words between white space), and bits per byte are nll / ln 2 / UTF-8 bytes.
+Perplexity follows the harness. A document is read in windows of `max_length` tokens. The first window is read after the
+token of an empty context, every other one after the last token of the window before. The last window reaches back so
+that it is as long as the others, but every token is scored once. Token-level perplexity is exp(nll / tokens),
+word-level perplexity exp(nll / words between white space), and bits per byte are nll / ln 2 / UTF-8 bytes.
 """
 
 import math
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from llamaq.data.tokenizer import text_opening
 from llamaq.errors import UserError
 from llamaq.evaluate.readers import Pair, Reader
 from llamaq.runs.tracking import progress
@@ -24,7 +26,7 @@ MAX_NEW_TOKENS = 256  # of an answer, where a task does not say
 
 
 def harness_model(reader: Reader, tokenizer: Any) -> Any:
-    """Return the reader as an `lm_eval.api.model.LM`, with torchtune's Llama 3 tokenizer."""
+    """Return the reader as an `lm_eval.api.model.LM`, with the run's tokenizer."""
     from lm_eval.api.model import TemplateLM
 
     class HarnessModel(_HarnessMethods, TemplateLM):  # our methods first: they take the place of the abstract ones
@@ -38,20 +40,21 @@ class _HarnessMethods:
 
     def __init__(self, reader: Reader, tokenizer: Any):
         super().__init__()
-        self.reader, self.llama_tokenizer = reader, tokenizer
-        self._special = re.compile("|".join(re.escape(s) for s in tokenizer.special_tokens))
+        self.reader, self.text_tokenizer = reader, tokenizer
+        longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @property
     def tokenizer_name(self) -> str:
-        return "llama3"
+        return f"llamaq-{self.text_tokenizer.fingerprint[:16]}"
 
     @property
     def eot_token_id(self) -> int:
-        return self.llama_tokenizer.eos_id
+        return self.text_tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        return self.llama_tokenizer.bos_id
+        return self.text_tokenizer.prefix_id
 
     @property
     def max_length(self) -> int:
@@ -59,14 +62,14 @@ class _HarnessMethods:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Tokenize a text in which special tokens are spelled out, as in a chat template's text."""
-        tokenizer, tokens, at = self.llama_tokenizer, [], 0
+        tokenizer, tokens, at = self.text_tokenizer, [], 0
         for match in self._special.finditer(string):
             tokens += tokenizer.encode(string[at : match.start()], add_bos=False, add_eos=False)
             tokens.append(tokenizer.special_tokens[match[0]])
             at = match.end()
         tokens += tokenizer.encode(string[at:], add_bos=False, add_eos=False)
-        bos = add_special_tokens is not False and tokens[:1] != [tokenizer.bos_id]
-        return [tokenizer.bos_id, *tokens] if bos else tokens
+        opening = text_opening(tokenizer)
+        return tokens if add_special_tokens is False or tokens[:1] == opening else opening + tokens
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         return self.reader.loglikelihoods([self._fit(context, continuation) for _, context, continuation in requests])
@@ -108,14 +111,15 @@ class _HarnessMethods:
         limit = min(int(settings.get("max_gen_toks", MAX_NEW_TOKENS)), self.max_length - 1)
         context = self.tok_encode(prompt)[-(self.max_length - limit) :]
         return generate_text(
-            self.reader, self.llama_tokenizer, context, [until] if isinstance(until, str) else until, limit
+            self.reader, self.text_tokenizer, context, [until] if isinstance(until, str) else until, limit
         )
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return chat_text(chat_history, add_generation_prompt)
+        return chat_text(self.text_tokenizer, chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return "Llama 3" if chat_template else None
+        template = self.text_tokenizer.template
+        return next(iter(template.source.values())) if chat_template and template else None
 
 
 def generate_text(reader: Reader, tokenizer: Any, context: list[int], until: list[str], limit: int) -> str:
@@ -132,13 +136,13 @@ def generate_text(reader: Reader, tokenizer: Any, context: list[int], until: lis
     return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
 
 
-def chat_text(history: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    """Write turns in Llama 3's chat template. The text ends with the start of an answer, or inside the last turn."""
-    turns = [f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content'].strip()}<|eot_id|>" for m in history]
-    if not add_generation_prompt:
-        turns[-1] = turns[-1].removesuffix("<|eot_id|>")
-    opening = "<|start_header_id|>assistant<|end_header_id|>\n\n" if add_generation_prompt else ""
-    return "<|begin_of_text|>" + "".join(turns) + opening
+def chat_text(tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    """Write turns in the chat template. The text ends with the start of an answer, or inside the last turn."""
+    text = tokenizer.render(history, opened=add_generation_prompt)
+    if add_generation_prompt:
+        return text
+    said = history[-1]["content"].strip()
+    return text[: text.rindex(said) + len(said)]
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------

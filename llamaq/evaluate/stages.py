@@ -92,7 +92,9 @@ def score_stage(run: Run, models: Models, summarize: Callable[[dict[str, Scores]
         scores = score_models(makers, references, samples, collate_of(c), c.evaluate.batch_size, device)
         return score_metrics(scores) | summarize(scores)
 
-    return run.stage("evaluate", on_rank_zero(build), c, models.inputs_of(names), arguments={"models": names})
+    return run.stage(
+        "evaluate", on_rank_zero(build), c, models.inputs_of(names), arguments={"models": names}, version=2
+    )
 
 
 def files_stage(run: Run, models: Models, exported: dict[str, Path]) -> Path:
@@ -120,7 +122,7 @@ def files_stage(run: Run, models: Models, exported: dict[str, Path]) -> Path:
         return {"scores": scores, **compare_forms(bf16, shipped, converted, ptes.get(models.shipped), tokens)}
 
     inputs = [*exported.values(), codes, *models.inputs_of(["bf16", *exported, models.shipped])]
-    return run.stage("files", on_rank_zero(build), c, inputs, arguments={"models": list(exported)})
+    return run.stage("files", on_rank_zero(build), c, inputs, arguments={"models": list(exported)}, version=2)
 
 
 def speed_stage(run: Run, exported: dict[str, Path]) -> Path:
@@ -180,4 +182,4 @@ def tasks_stage(run: Run, models: Models, name: str) -> Path:
         return read | {"results": measure_tasks(c.evaluate, reader, tokenizer_of(c), c.seed)}
 
     inputs = source.inputs if exported is None else [exported]
-    return run.stage(f"tasks_{name}", on_rank_zero(build), c, inputs)
+    return run.stage(f"tasks_{name}", on_rank_zero(build), c, inputs, version=2)

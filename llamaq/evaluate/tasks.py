@@ -54,7 +54,7 @@ def run_tasks(
         limit: the largest number of questions to ask in a task; None for all.
         num_fewshot: None for the task's own.
         seed: draws the few-shot examples.
-        chat: ask in Llama 3's chat template.
+        chat: ask in the tokenizer's chat template.
 
     Returns:
         Task or group → metrics {name: {value, stderr}}, num_fewshot, samples, version, lm_eval (its version).

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llamaq.config import Config
+from llamaq.config import Component, Config
 from llamaq.config.view import only
-from llamaq.data.tokenizer import tokenizer_of
+from llamaq.data.tokenizer import copy_tokenizer, tokenizer_of
 from llamaq.export.bundle_tokenizer import is_tiktoken, write_tokenizer
 from llamaq.model.shape import shape_of
 from llamaq.runs.files import sha256_file
@@ -24,25 +24,26 @@ def bundle(run: Run) -> Path:
     """Collect the exported file, its tokenizer, settings, card and checksums; return the stage's folder."""
     c = only(run.config, "tokenizer", "model", "export.chat", "export.max_seq_length", "export.max_context_length")
     exported, card = run.need("export", made_by="tune run export_executorch"), run.folder / CARD
-    licences = from_rank_zero(lambda: licences_of(c))
+    licences, metas = from_rank_zero(lambda: (licences_of(c), metas_tokenizer(c.tokenizer)))
 
     def build(folder: Path) -> dict[str, Any]:
         metrics = run.metrics("export")
         link_or_copy(exported / MODEL, folder / MODEL)
-        tokenizer_files = write_tokenizer_files(c, folder)
-        settings = generation_config(c, tokenizer_of(c), metrics["metadata"])
+        tokenizer = tokenizer_of(c)
+        tokenizer_files = write_tokenizer_files(c, tokenizer, folder)
+        settings = generation_config(c, tokenizer, metrics["metadata"])
         (folder / "generation_config.json").write_text(json.dumps(settings, indent=1) + "\n")
         # in a run's folder the model lies in export/, here beside the card
         text = card.read_text(encoding="utf-8").replace("export/model.pte", MODEL)
         (folder / CARD).write_text(text, encoding="utf-8")
-        (folder / "HOWTO.md").write_text(howto(tokenizer_files, settings, c.export.chat), encoding="utf-8")
-        for path in licences:
+        (folder / "HOWTO.md").write_text(howto(tokenizer, tokenizer_files, settings, c.export.chat), encoding="utf-8")
+        for path in (*licences, *metas):
             shutil.copyfile(path, folder / path.name)
         write_sums(folder, {MODEL: metrics["sha256"]})
         say(f"files for apps: {folder.with_name('bundle')}")
         return {"model": metrics["sha256"]}
 
-    return run.stage("bundle", on_rank_zero(build), c, [exported, card, *licences])
+    return run.stage("bundle", on_rank_zero(build), c, [exported, card, *licences, *metas], version=2)
 
 
 def licences_of(c: Config) -> list[Path]:
@@ -51,6 +52,23 @@ def licences_of(c: Config) -> list[Path]:
     if not c.checkpoint_dir or not folder.is_dir():
         return []
     return sorted(p for pattern in LICENCES for p in folder.glob(pattern) if p.is_file())
+
+
+def metas_tokenizer(component: Component) -> list[Path]:
+    """Return Meta's tokenizer.model, which Llama's Hugging Face folders hold too, if it has the ids of tokenizer.json.
+
+    Its lines are the tokens, and 256 special ones follow.
+    """
+    path = Path(str(component.get("path")))
+    if path.suffix != ".json":
+        return []
+    files = [path.parent / folder / "tokenizer.model" for folder in ("original", "")]
+    found = [f for f in files if f.is_file()]
+    if not found:
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    ids = {*content["model"]["vocab"].values(), *(t["id"] for t in content.get("added_tokens", []))}
+    return [f for f in found if f.read_bytes().count(b"\n") + 256 == len(ids)][:1]
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -62,22 +80,48 @@ def link_or_copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def write_tokenizer_files(c: Config, folder: Path) -> list[str]:
+def write_tokenizer_files(c: Config, tokenizer: Any, folder: Path) -> list[str]:
     """Write the tokenizer in every form there is of it; return the files' names, best known first."""
-    tokenizer, names = tokenizer_of(c), []
-    if c.tokenizer.get("path"):
-        shutil.copyfile(c.tokenizer["path"], folder / "tokenizer.model")
-        names.append("tokenizer.model")
+    names = copy_tokenizer(c.tokenizer, folder)
     if is_tiktoken(tokenizer):
         write_tokenizer(tokenizer, shape_of(c.model).vocab, c.export.max_context_length, c.export.chat, folder)
-        names += ["tokenizer.json", "tokenizer_config.json", "special_tokens.json"]
+        return [
+            *names,
+            *(n for n in ("tokenizer.json", "tokenizer_config.json", "special_tokens.json") if n not in names),
+        ]
+    if (folder / "tokenizer.json").is_file():
+        without_nfc(folder / "tokenizer.json")
+    if tokenizer.template is not None:
+        write_template(tokenizer.template.source, folder / "tokenizer_config.json")
     return names
+
+
+def without_nfc(file: Path) -> None:
+    """Take the NFC normalizer, which Qwen's tokenizers have, out of a tokenizer.json.
+
+    Under it the C++ tokenizer of ExecuTorch 1.4.1 (pytorch_tokenizers 1.5.0) reads `é` as `e`. Keyboards write text in
+    NFC already, and then no normalizer is needed for the ids to be right.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if (content.get("normalizer") or {}).get("type") == "NFC":
+        content["normalizer"] = None
+        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def write_template(source: dict[str, str], config: Path) -> None:
+    """Put the chat template that was trained into tokenizer_config.json, where apps look for it, if it is not there."""
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    named = [{"name": name, "template": code} for name, code in source.items()]
+    template = source["default"] if list(source) == ["default"] else named
+    if settings.get("chat_template") != template:
+        settings["chat_template"] = template
+        config.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def generation_config(c: Config, tokenizer: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return how to generate: Hugging Face's names, and the lengths that the file was exported for."""
-    return {
-        "bos_token_id": metadata["get_bos_id"],
+    bos = {"bos_token_id": metadata["get_bos_id"]} if "get_bos_id" in metadata else {}
+    return bos | {
         "eos_token_id": metadata["get_eos_ids"],
         "pad_token_id": tokenizer.pad_id,
         "do_sample": False,
@@ -122,7 +166,7 @@ const llm = useLLM({{
 }});
 ```
 
-The chat template is in `tokenizer_config.json`. It begins with the beginning-of-text token.
+The chat template is in `tokenizer_config.json`: {template}.
 
 ## Android demo app
 
@@ -131,7 +175,7 @@ adb shell mkdir -p /data/local/tmp/llama
 adb push model.pte {tokenizer} /data/local/tmp/llama/
 ```
 
-In the app's settings choose both files and the model type Llama 3.
+In the app's settings choose both files and the model type of the base model, whose template the app writes.
 
 ## iOS demo app
 
@@ -145,15 +189,24 @@ adb shell "cd /data/local/tmp/llama && ./llama_main --model_path model.pte --tok
     --temperature 0 --prompt '{prompt}'"
 ```
 
-The prompt has its beginning-of-text token written out, because not every version of `llama_main` adds one.
-`tokenizer.model` and `tokenizer.json` give the same ids, and both recognise special tokens in a prompt.
+The prompt is written as the model was trained to read it, because `llama_main` knows no chat templates. The tokenizer
+recognises special tokens in it. If there are both `tokenizer.model` and `tokenizer.json`, they give the same ids. Text
+has to be in Unicode's form NFC, as keyboards write it.
 """
 
 
-def howto(tokenizer_files: list[str], settings: dict[str, Any], chat: bool) -> str:
+def howto(tokenizer: Any, tokenizer_files: list[str], settings: dict[str, Any], chat: bool) -> str:
     """Say which app takes which file."""
     stops = ", ".join(map(str, settings["eos_token_id"]))
-    tokenizer = tokenizer_files[0] if tokenizer_files else "the tokenizer"
-    turn = "<|start_header_id|>user<|end_header_id|>\n\n…<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-    prompt = "<|begin_of_text|>" + (turn if chat else "…")
-    return HOWTO.format(tokenizer=tokenizer, stops=stops, prompt=prompt, **settings)
+    file = tokenizer_files[0] if tokenizer_files else "the tokenizer"
+    # a template may open even plain text; which it does not, the tokenizer does
+    prompt = (
+        tokenizer.render([{"role": "user", "content": "…"}], opened=True) if chat else opening_text(tokenizer) + "…"
+    )
+    prompt = prompt.replace("'", "'\\''")  # as a shell reads it in single quotes
+    return HOWTO.format(tokenizer=file, stops=stops, prompt=prompt, template=tokenizer.template_name, **settings)
+
+
+def opening_text(tokenizer: Any) -> str:
+    """Return the token that the tokenizer puts in front of a text, written out."""
+    return next((text for text, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id), "")

@@ -9,15 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-CHAT_TEMPLATE = (  # the tokens of `tokenize_messages` of torchtune's Llama3Tokenizer, written as text
-    "{{- bos_token }}"
-    "{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{{- message['content'] | trim + '<|eot_id|>' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
-)
-
 
 def is_tiktoken(tokenizer: Any) -> bool:
     """Tell whether a tokenizer holds a tiktoken encoding, as torchtune's for Llama 3 does."""
@@ -38,7 +29,7 @@ def hugging_face_tokenizer(tokenizer: Any, rows: int) -> Any:
     """Return a `tokenizers.Tokenizer` that gives the ids of a torchtune tokenizer.
 
     Args:
-        tokenizer: torchtune's, over a tiktoken encoding.
+        tokenizer: Llama 3's, over a tiktoken encoding.
         rows: of the model's embedding; special tokens beyond them are left out.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -90,7 +81,7 @@ def tokenizer_config(tokenizer: Any, rows: int, max_length: int, chat: bool) -> 
     """Return the content of tokenizer_config.json.
 
     Args:
-        tokenizer: torchtune's.
+        tokenizer: Llama 3's.
         rows: of the model's embedding.
         max_length: tokens that the model can hold.
         chat: whether the model was trained on chats: then answers end with the end of a turn, not of a text.
@@ -106,8 +97,9 @@ def tokenizer_config(tokenizer: Any, rows: int, max_length: int, chat: bool) -> 
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {str(i): _added(text) for text, i in special.items()},
     }
-    # a prompt template of the user's own adds text around messages, which this template does not have
-    return config | ({"chat_template": CHAT_TEMPLATE} if tokenizer.prompt_template is None else {})
+    # a prompt template of the user's own adds text around messages, which the chat template does not have
+    code = tokenizer.template.source["default"]
+    return config | ({"chat_template": code} if tokenizer.prompt_template is None else {})
 
 
 def _added(text: str) -> dict[str, Any]:

@@ -169,8 +169,8 @@ def export_pte(
         options: lengths, KV cache and shapes of the `export` section; defaults if None. `max_seq_length` is the most
             tokens in one call, one less than `max_context_length` at the most; longer prompts take several calls,
             which ExecuTorch's runner makes by itself.
-        metadata: constants for the runner: get_bos_id, the token a prompt begins with; get_eos_ids, those that end an
-            answer.
+        metadata: constants for the runner: get_bos_id, the token a prompt begins with, if there is one; get_eos_ids,
+            those that end an answer.
         dtype: fp32 or bf16, of a checkpoint in full precision.
         adapters: further methods by name, each a checkpoint with the same codes and adapters of its own. What they
             have in common is stored once, and they share the KV cache's memory.

@@ -57,6 +57,12 @@ def gate_tokens(c: Config) -> list[int]:
     return tokens[:wanted]
 
 
+def runner_constants(tokenizer: Any) -> dict[str, Any]:
+    """Return what a .pte tells ExecuTorch's runner. Without get_bos_id it takes the tokenizer's own, or none."""
+    bos = {} if tokenizer.bos_id is None else {"get_bos_id": tokenizer.bos_id}
+    return bos | {"get_eos_ids": list(tokenizer.stop_tokens)}
+
+
 def check_gate(limits: ExportConfig, what: str, result: dict[str, float], *names: str) -> dict[str, float]:
     """Hold a comparison against the gates named (relative_error, token_error, top1 or kl), and return it.
 
@@ -158,7 +164,7 @@ def export_checked(
     quantized = "quantization_args" in json.loads((checkpoint / PARAMS).read_text())
     trained = Expected.of(partial(eager_logits, make().eval()), tokens, context)
     say(f"exporting {pte_file} with ExecuTorch (up to a minute for a tiny model, 10 for 1B) …")
-    metadata = {"get_bos_id": tokenizer.bos_id, "get_eos_ids": list(tokenizer.stop_tokens)}
+    metadata = runner_constants(tokenizer)
     dtype = "fp32" if quantized else c.export.baseline_dtype
     export_pte(checkpoint, pte_file, c.export, metadata, dtype, methods)
     pte = Pte(pte_file)

@@ -118,10 +118,12 @@ def check_prompt(c: Config, tokenizer: Any = None) -> None:
         tokenizer: of the run, if it is there already.
 
     Raises:
-        UserError: the context has no room for it.
+        UserError: the context has no room for it, or a chat template is asked for and there is none.
     """
-    e = c.export
-    length = len(prompt_tokens(tokenizer or tokenizer_of(c), e.prompt, e.chat))
+    e, tokenizer = c.export, tokenizer or tokenizer_of(c)
+    length = len(prompt_tokens(tokenizer, e.prompt, e.chat))
+    if c.evaluate.tasks and c.evaluate.tasks_chat:
+        prompt_tokens(tokenizer, e.prompt, chat=True)
     if length > e.room_for_prompt:
         raise UserError(
             f"export.prompt={e.prompt[:40]!r}{'…' * (len(e.prompt) > 40)} has {length} tokens, and "

@@ -9,6 +9,7 @@ from llamaq.checkpoints.meta import PARAMS
 from llamaq.export.exporter import executorch_arguments
 from llamaq.export.patches import beyond_stock
 from llamaq.report.measured import measured_parts
+from llamaq.report.page import template_parts
 from llamaq.report.tables import MIB, MODELS, quality_table, table
 
 MARK = "<!-- Written by llamaq; delete this line to keep your own version. -->"
@@ -24,7 +25,7 @@ def render_card(facts: Facts) -> str:
     """
     parts = [
         "---\nlibrary_name: executorch\npipeline_tag: text-generation\n"
-        f"{_base_model(facts['base'])}license: {facts['license']}\ntags: [llamaq, executorch, xnnpack]\n---",
+        f"{_base_model(facts)}{_license(facts)}tags: [llamaq, executorch, xnnpack]\n---",
         MARK,
         f"# {facts['name']}",
         f"{facts['parameters'] / 1e6:,.1f} M parameters, quantized by llamaq {facts['version']} from `{facts['base']}` "
@@ -39,18 +40,34 @@ def render_card(facts: Facts) -> str:
         f"{facts['samples']:,} held-out samples, {facts['tokens']:,} tokens scored.",
         quality_table(facts["scores"]),
         *_measured_parts(facts["measured"]),
+        "## Chat template",
+        *template_parts(facts),
         "## Use",
         *_use_parts(facts),
         "## Licences",
-        f"The weights are derived from `{facts['base']}` and stay under its licence ({facts['license']}). Llama 3.2's "
-        "licence asks for its text, “Built with Llama”, and a name that begins with “Llama”. The data has its own.",
+        _licences(facts),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _base_model(base: str) -> str:
+def _base_model(facts: Facts) -> str:
     """Return the line that links the base model; hubs take ids of their own there and refuse folder names."""
-    return f"base_model: meta-llama/{base}\n" if base.startswith("Llama-3.2-") else ""
+    return f"base_model: {facts['base_id']}\n" if facts["base_id"] else ""
+
+
+def _license(facts: Facts) -> str:
+    """Return the lines that name the licence; hubs want `other` for one that they have no id for."""
+    name = f"license_name: {facts['license_name']}\n" if facts["license_name"] else ""
+    return f"license: {facts['license'] or 'other'}\n{name}"
+
+
+def _licences(facts: Facts) -> str:
+    named = facts["license_name"] or facts["license"]
+    known = f"({named})" if named and named != "other" else "(its folder does not name it: look it up where it is from)"
+    text = f"The weights are derived from `{facts['base']}` and stay under its licence {known}."
+    if (facts["license"] or "").startswith("llama"):
+        text += " Llama's licence asks for its text, “Built with Llama”, and a name that begins with “Llama”."
+    return f"{text} The data has its own."
 
 
 def _scheme(facts: Facts) -> str:
@@ -75,8 +92,8 @@ def _use_parts(facts: Facts) -> list[str]:
     return [
         "On a phone, with ExecuTorch's runner (llamaq's docs/export.md says how to build it):",
         "```bash\nadb push export/model.pte /data/local/tmp/llamaq/\n"
-        'adb shell "cd /data/local/tmp/llamaq && ./llama_main --model_path model.pte --tokenizer_path tokenizer.model '
-        "--prompt '…' --cpu_threads 4\"\n```",
+        'adb shell "cd /data/local/tmp/llamaq && ./llama_main --model_path model.pte '
+        f"--tokenizer_path {facts['tokenizer_file']} --prompt '…' --cpu_threads 4\"\n```",
         *export_parts(facts),
     ]
 

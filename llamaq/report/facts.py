@@ -13,6 +13,7 @@ import llamaq
 from llamaq.config import Component, Config, TrainingConfig
 from llamaq.model.shape import shape_of
 from llamaq.plan.memory import memory_plan, plan_length
+from llamaq.report.origin import origin_of
 from llamaq.runs.manifest import package_versions
 from llamaq.runs.tracking import loss_curve
 
@@ -119,6 +120,8 @@ def _collect_common_facts(c: Config, folder: Path, metrics: dict[str, Any], meas
         "pte_metadata": exported["metadata"],
         "prompt": answer["prompt"],
         "answer": answer["answer"] or "(nothing)",
+        "template": answer["template"],
+        "conversation": answer["conversation"],
         "measured": {"export": exported} | {s: metrics[s] for s in measured},
         "plan": [asdict(need) | {"bytes": need.bytes} for need in memory_plan(c, plan_length(c))],
     }
@@ -229,7 +232,7 @@ def _held_out(c: Config) -> dict[str, str]:
 def _collect_common_card(c: Config, folder: Path) -> Facts:
     return {
         "folder": folder,
-        "base": Path(c.checkpoint_dir).name if c.base is None else "a model trained here",
-        "license": "llama3.2" if c.base is None else "other",
+        **origin_of(None if c.base else Path(c.checkpoint_dir)),
+        "tokenizer_file": "tokenizer.json" if str(c.tokenizer.get("path")).endswith(".json") else "tokenizer.model",
         "export_options": c.export,
     }

@@ -81,8 +81,8 @@ def _check_name(repo: str) -> None:
 
 def _remind_of_licence(folder: Path, repo: str) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
-    if "\nlicense: llama3.2\n" in card and not repo.rpartition("/")[2].startswith("Llama"):
-        print("note: Llama 3.2's licence asks for a name that begins with “Llama”", file=sys.stderr)
+    if "\nlicense: llama" in card and not repo.rpartition("/")[2].startswith("Llama"):
+        print("note: Llama's licence asks for a name that begins with “Llama”", file=sys.stderr)
 
 
 def _upload(folder: Path, repo: str, private: bool) -> str:

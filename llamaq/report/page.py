@@ -1,5 +1,6 @@
 """Write the report's page in markdown: what each step of a run cost or won, to be read from top to bottom."""
 
+import re
 from typing import Any
 
 from llamaq.report.measured import measured_parts
@@ -90,7 +91,16 @@ def _hand_over_parts(facts: Facts) -> list[str]:
 
 def _answer_parts(facts: Facts) -> list[str]:
     size = f"The exported file has {facts['pte_bytes'] / MIB:,.1f} MiB."
-    return [f"{size} Its answer to *{facts['prompt']}*:", f"> {facts['answer']}"]
+    return [f"{size} Its answer to *{facts['prompt']}*:", f"> {facts['answer']}", *template_parts(facts)]
+
+
+def template_parts(facts: Facts) -> list[str]:
+    """Name the chat template and show this question and answer as it writes them."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", facts["conversation"])), default=0))
+    return [
+        f"Trained and asked with {facts['template']}. The conversation as the model reads it:",
+        f"{fence}text\n{facts['conversation'].rstrip()}\n{fence}",
+    ]
 
 
 def _memory_parts(facts: Facts) -> list[str]:

@@ -13,6 +13,15 @@ from llamaq.errors import UserError
 from llamaq.runs.manifest import MANIFEST, read_manifest
 from llamaq.runs.run import Run
 
+# the tokenizer's files, and the names that their copies beside the codes have (llamaq.data.tokenizer.copy_tokenizer)
+KEPT = {
+    "path": ["tokenizer.model", "tokenizer.json"],
+    "special_tokens_path": ["special_tokens.json"],
+    "config": ["tokenizer_config.json"],
+    "chat_template": ["chat_template.jinja"],
+    "generation_config": ["generation_config.json"],
+}
+
 
 class RunReader(Run):
     """A run that is opened without its lock and in which no stage can run."""
@@ -71,14 +80,12 @@ def recorded_config(folder: Path, stages: list[str], overrides: list[str]) -> Co
     known = {f.name for f in fields(Config)}  # older versions of llamaq recorded other sections
     raw: Any = OmegaConf.merge(*({k: v for k, v in s.items() if k in known} for s in settings), here)
     for key, path in (raw.get("tokenizer") or {}).items():
-        if key in ("path", "special_tokens_path") and path and not Path(path).is_file():
-            raw.tokenizer[key] = str(
-                _kept_copy(folder, "tokenizer.model" if key == "path" else Path(path).name) or path
-            )
+        if key in KEPT and path and not Path(path).is_file():
+            raw.tokenizer[key] = str(_kept_copy(folder, [*KEPT[key], Path(path).name]) or path)
     return with_overrides(raw, overrides, str(folder))
 
 
-def _kept_copy(folder: Path, name: str) -> Path | None:
+def _kept_copy(folder: Path, names: list[str]) -> Path | None:
     """Return a file of the tokenizer from beside the codes; for a run that was moved or is seen from elsewhere."""
-    copies = (folder / stage / "model" / name for stage in ("convert", "spinquant"))
+    copies = (folder / stage / "model" / name for stage in ("convert", "spinquant") for name in names)
     return next((path for path in copies if path.is_file()), None)

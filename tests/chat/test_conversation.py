@@ -1,16 +1,15 @@
 """Conversations: tokens piece by piece, the KV cache, a full context, and answers as they stream."""
 
-from typing import Any
-
 import pytest
 import torch
 from conftest import MODEL, random_weights, saved_variant, trained_like
 
 from llamaq.chat.conversation import Conversation
 from llamaq.chat.eager import CachedModel
+from llamaq.chat.transcript import Transcript, Turn
 from llamaq.config import ChatConfig
 from llamaq.data.corpus import tiny_chat
-from llamaq.data.tokenizer import Template, build_tokenizer, chat_tokens, prompt_tokens
+from llamaq.data.tokenizer import build_tokenizer, prompt_tokens
 from llamaq.errors import UserError
 from llamaq.model.build import build_model
 from llamaq.quant.scheme import Scheme
@@ -75,42 +74,49 @@ def ask(conversation: Conversation, question: str) -> str:
 
 
 @pytest.mark.parametrize("system", [None, "Answer briefly."])
-def test_the_pieces_are_the_tokens_of_the_whole_conversation(tokenizer, system):
-    template, pieces = Template(tokenizer, chat=True, system=system), []
-    messages = [("system", system)] if system else []
+def test_a_transcript_is_the_tokens_of_the_whole_conversation(tokenizer, system):
+    transcript, turns, messages = Transcript(tokenizer, True, system), [], []
+    if system:
+        messages.append({"role": "system", "content": system})
     for question, answer in TALK:
-        pieces += (template.closing if pieces else template.opening) + template.turn(question)
-        messages += [("user", question), ("assistant", "")]
-        assert pieces == chat_tokens(tokenizer, *messages)
-        pieces += tokenizer.encode(answer, add_bos=False, add_eos=False)
-        messages[-1] = ("assistant", answer)
-        assert pieces == chat_tokens(tokenizer, *messages)
+        turns.append(Turn(question))
+        messages.append({"role": "user", "content": question})
+        tokens = transcript.prompt(turns)
+        assert tokens == tokenizer.prompt(messages)
+        turns[-1].answer = tokenizer.encode(answer, add_bos=False, add_eos=False)
+        messages.append({"role": "assistant", "content": answer})
+        whole, learn = tokenizer.chat(messages)
+        assert whole == [*tokens, *turns[-1].answer, tokenizer.eot_id, tokenizer.eos_id]
+        assert not any(learn[-len(whole) : len(tokens)][-5:]) and learn[len(tokens)]
 
 
-def test_a_conversation_begins_as_a_training_sample_of_several_turns(tokenizer):
-    from torchtune.data import Message
-
-    turns: list[tuple[Any, str]] = [
-        ("system", "Be brief."),
-        ("user", "One?"),
-        ("assistant", "1."),
-        ("user", "Two?"),
-        ("assistant", "2."),
+def test_an_answer_stays_in_the_tokens_that_the_model_chose(tokenizer):
+    odd = [tokenizer.encode(c, add_bos=False, add_eos=False)[0] for c in "June has"]  # not how the text is tokenized
+    assert odd != tokenizer.encode("June has", add_bos=False, add_eos=False)
+    turns = [Turn("Who?", odd), Turn("And?", [tokenizer.special_tokens["<|python_tag|>"], *odd]), Turn("So?")]
+    tokens = Transcript(tokenizer, True).prompt(turns)
+    first = tokenizer.prompt([{"role": "user", "content": "Who?"}])
+    assert tokens[: len(first) + len(odd) + 1] == [*first, *odd, tokenizer.eot_id]
+    assert [tokenizer.special_tokens["<|python_tag|>"], *odd, tokenizer.eot_id] == tokens[-len(first) - len(odd) - 1 :][
+        : len(odd) + 2
     ]
-    trained = tokenizer({"messages": [Message(role=r, content=t) for r, t in turns]})["tokens"]
-    ours = chat_tokens(tokenizer, *turns)
-    assert trained == [*ours, tokenizer.eot_id, tokenizer.eos_id] and len(trained) < tokenizer.max_seq_len
 
 
 def test_a_prompt_is_that_of_training_and_a_long_one_is_not_cut(tokenizer):
     from torchtune.data import Message
 
-    messages = [Message(role="user", content="Who?"), Message(role="assistant", content="")]
-    expected = tokenizer.tokenize_messages(messages, add_end_tokens=False)[0]
-    assert prompt_tokens(tokenizer, "Who?", chat=True) == expected
+    messages = [Message(role="user", content="Who?"), Message(role="assistant", content="30.")]
+    trained = tokenizer.tokenize_messages(messages)[0]
+    prompt = prompt_tokens(tokenizer, "Who?", chat=True)
+    assert trained == [
+        *prompt,
+        *tokenizer.encode("30.", add_bos=False, add_eos=False),
+        tokenizer.eot_id,
+        tokenizer.eos_id,
+    ]
     assert prompt_tokens(tokenizer, "Who?", chat=False) == tokenizer.encode("Who?", add_bos=True, add_eos=False)
     long = prompt_tokens(tokenizer, "Who? " * 60, chat=True)
-    assert len(long) > tokenizer.max_seq_len and long[-5:] == expected[-5:]  # ends where the answer begins
+    assert len(long) > tokenizer.max_seq_len and long[-5:] == prompt[-5:]  # ends where the answer begins
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -176,9 +182,10 @@ def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_prompt(token
         dropped.append(conversation.answer.dropped)
         assert len(conversation.tokens) <= CONTEXT + 1
     assert dropped[0] == 0 and sum(dropped) >= 2
-    tokens, template = conversation.tokens, Template(tokenizer, chat=True, system="Be brief.")
-    assert tokens[: len(template.opening)] == template.opening
-    assert tokens[len(template.opening) : len(template.opening) + 1] == template.turn("x")[:1], "a whole turn follows"
+    tokens, system = conversation.tokens, {"role": "system", "content": "Be brief."}
+    opening = tokenizer.prompt([system, {"role": "user", "content": ""}])
+    opening = opening[: opening.index(tokenizer.eot_id) + 2]  # up to the first turn's header
+    assert tokens[: len(opening)] == opening, "a whole turn follows"
     answer = conversation.answer.tokens  # the last question was answered from what is left, read at its new positions
     for i in (1, len(answer) - 1):
         assert int(model.step(tokens[: len(tokens) - len(answer) + i], 0).argmax()) == answer[i]
@@ -201,7 +208,7 @@ def test_a_question_that_does_not_fit_is_refused_and_changes_nothing(tokenizer, 
     conversation = Conversation(model, tokenizer, ChatConfig(max_new_tokens=5))
     ask(conversation, "Who?")
     before = conversation.tokens
-    with pytest.raises(UserError, match=r"this takes \d+ tokens, and the context has 95 .export.max_context_length"):
+    with pytest.raises(UserError, match=r"this takes \d+ tokens .* and the context has 96 .export.max_context_length"):
         ask(conversation, "tell me more " * 100)
     assert conversation.tokens == before
     assert ask(conversation, "And?") is not None

@@ -14,7 +14,7 @@ from terminal import Terminal
 
 from llamaq.chat.conversation import Conversation
 from llamaq.config import Config, load
-from llamaq.data.tokenizer import chat_tokens, prompt_tokens, text_of, tokenizer_of
+from llamaq.data.tokenizer import prompt_tokens, text_of, tokenizer_of
 from llamaq.errors import UserError
 from llamaq.export.pte import Pte
 from llamaq.recipes.chat import chat, configured, open_model, sides
@@ -160,7 +160,7 @@ def test_a_full_context_is_said(folder, terminal):
     assert any(re.search(r"context was full: dropped the oldest \d turns?", about) for about in said), said
     assert "cut at chat.max_new_tokens" in said[0]
     t.send("too long " * 60 + "\n")
-    t.expect(r"error: this takes \d+ tokens, and the context has 127.*> $")
+    t.expect(r"error: this takes \d+ tokens .* and the context has 128.*> $")
     t.send("\x04")
     assert t.ended() == 0
 
@@ -277,7 +277,7 @@ def test_a_spinquant_run_is_talked_to_as_well(tmp_path, capsys):
     config.chat.model, config.chat.once, config.chat.max_new_tokens = "spinquant", QUESTIONS[0], 12
     chat(RunReader(config))
     tokenizer, model = tokenizer_of(config), shipped_model(run)
-    tokens, said = chat_tokens(tokenizer, ("user", QUESTIONS[0]), ("assistant", "")), []
+    tokens, said = prompt_tokens(tokenizer, QUESTIONS[0], chat=True), []
     while len(said) < 12:
         with torch.no_grad():
             token = int(model(torch.tensor([[*tokens, *said]]))[0, -1].argmax())

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import MODEL, trained_like
+from hf_folder import write_folder
 
 from llamaq.checkpoints.quantized import save_quantized
 from llamaq.config import ExportConfig
@@ -120,13 +121,31 @@ def test_answers_are_greedy_and_end_where_the_task_says(model, tokenizer):
         ask(lm.generate_until, ("x", {"do_sample": True}))
 
 
-def test_the_chat_template_is_torchtunes(model, tokenizer):
-    from torchtune.data import Message
+def test_the_chat_template_is_that_of_training(model, tokenizer, tmp_path):
+    question, answer = {"role": "user", "content": "How many days has June?"}, {"role": "assistant", "content": " 30 "}
+    hugging_face = build_tokenizer(write_folder(tmp_path, "chatml"), 400)
+    for t in (tokenizer, hugging_face):
+        lm = harness_model(EagerReader(model, 96, 2), t)
+        assert lm.tok_encode(lm.apply_chat_template([question])) == t.prompt([question])
+        whole = t.chat([question, answer])[0]
+        begun = lm.tok_encode(lm.apply_chat_template([question, answer], add_generation_prompt=False))
+        assert begun == whole[: len(begun)] and t.decode(whole[len(t.prompt([question])) : len(begun)]).strip() == "30"
+        assert lm.chat_template(True) and lm.chat_template(False) is None and t.fingerprint[:9] in lm.tokenizer_name
 
-    lm = harness_model(EagerReader(model, 96, 2), tokenizer)
-    text = lm.apply_chat_template([{"role": "user", "content": "How many days has June?"}])
-    messages = [Message(role="user", content="How many days has June?"), Message(role="assistant", content="")]
-    assert lm.tok_encode(text) == tokenizer.tokenize_messages(messages, add_end_tokens=False)[0]
+
+def test_a_tokenizer_that_adds_nothing_in_front_of_text(model, tmp_path):
+    tokenizer = build_tokenizer(write_folder(tmp_path, "smol"), 400)
+    lm = harness_model(EagerReader(model, 64, 2), tokenizer)
+    assert lm.tok_encode("Rome<|im_end|> and") == [
+        *tokenizer.encode("Rome", add_bos=False, add_eos=False),
+        tokenizer.special_tokens["<|im_end|>"],
+        *tokenizer.encode(" and", add_bos=False, add_eos=False),
+    ]
+    assert lm.prefix_token_id == tokenizer.eos_id and tokenizer.bos_id is None
+    tokens = tokenizer.encode("June has", add_bos=False, add_eos=False)
+    assert ask(lm.loglikelihood, ("", "June has"))[0][0] == pytest.approx(
+        by_hand(model, [tokenizer.eos_id], tokens)[0], abs=1e-4
+    )
 
 
 def write_tasks(folder: Path) -> Path:

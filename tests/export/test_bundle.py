@@ -3,28 +3,35 @@
 import importlib.util
 import json
 import random
+import shutil
 import subprocess
 import sys
+import unicodedata
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jinja2
 import pytest
 import torch
 from conftest import MODEL, SMALL, saved_variant
+from hf_folder import write_folder
 from pytorch_tokenizers import CppHFTokenizer
 from tokenizers import Tokenizer
 
 from llamaq.config import ExportConfig, load
 from llamaq.data.corpus import tiny_chat
 from llamaq.data.tokenizer import build_tokenizer, prompt_tokens
-from llamaq.export.bundle import bundle
+from llamaq.export.bundle import bundle, howto, metas_tokenizer, write_tokenizer_files
 from llamaq.export.bundle_tokenizer import hugging_face_tokenizer, special_tokens_of, write_tokenizer
 from llamaq.export.exporter import export_pte
+from llamaq.export.gates import runner_constants
 from llamaq.export.pte import Pte
 from llamaq.runs.run import Run
 
 ROWS = MODEL["vocab_size"]
+QUESTION = [{"role": "user", "content": "…"}]
 SCRIPTS = [(0x20, 0x7E), (0x80, 0x2FF), (0x370, 0x1FFF), (0x2000, 0x33FF), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF)]
 ODD = [
     "\t",
@@ -44,10 +51,11 @@ ODD = [
 CONTRACTIONS = "'sStTrReEvVmMlLdD\u017f\u212a \n\r\t.,;:!?0123456789"
 
 
-def build(folder: Path) -> Any:
+def build(folder: Path, **more: str) -> Any:
     component = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": str(folder / "tokenizer.model")}
-    special = folder / "special_tokens.json"
-    return build_tokenizer(component | {"special_tokens_path": str(special)} if special.exists() else component, 128256)
+    if (special := folder / "special_tokens.json").exists():
+        component["special_tokens_path"] = str(special)
+    return build_tokenizer(component | more, 128256)
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +138,15 @@ def test_metas_own_tokenizer_has_the_same_ids(tmp_path):
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == 128256
 
 
-def test_chats_are_rendered_to_the_tokens_of_training(tokenizers):
-    from torchtune.data import Message
-
-    tokenizer, folder = tokenizers
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    template = jinja2.Environment().from_string(config["chat_template"])
-    rust = Tokenizer.from_file(str(folder / "tokenizer.json"))
+@pytest.mark.parametrize("form", ["torchtune", "meta"])
+def test_chats_are_rendered_to_the_tokens_of_training(corpus, tmp_path, form):
+    tokenizer = build(corpus, template=form)
+    write_tokenizer(tokenizer, ROWS, max_length=256, chat=True, folder=tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    environment = jinja2.Environment()  # as plain as another program's may be
+    environment.globals["strftime_now"] = date(2024, 7, 26).strftime
+    template = environment.from_string(config["chat_template"])
+    rust = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
 
     def ids(messages: list[dict[str, str]], **more) -> list[int]:
         text = template.render(messages=messages, bos_token=config["bos_token"], **more)
@@ -146,12 +156,57 @@ def test_chats_are_rendered_to_the_tokens_of_training(tokenizers):
     assert ids(question, add_generation_prompt=True) == prompt_tokens(tokenizer, question[0]["content"], chat=True)
     chat = [{"role": "system", "content": "Be brief."}, *question, {"role": "assistant", "content": "30 days."}]
     chat.append({"role": "user", "content": "…and July? \u00e9\U0001f44d"})
-    messages = [Message(role=m["role"], content=m["content"]) for m in chat]  # pyright: ignore
-    assert ids(chat) == tokenizer.tokenize_messages(messages)[0][:-1]  # without the end of the text
+    trained = tokenizer.chat(chat)[0]
+    assert ids(chat) == (trained[:-1] if form == "torchtune" else trained)  # without the end of the text
+    assert ("Cutting Knowledge Date" in template.render(messages=chat)) == (form == "meta")
     assert config["eos_token"] == "<|eot_id|>" and rust.token_to_id(config["pad_token"]) == tokenizer.pad_id
     cpp = CppHFTokenizer()
-    cpp.load(str(folder))
+    cpp.load(str(tmp_path))
     assert (cpp.bos_tok(), cpp.eos_tok()) == (tokenizer.bos_id, tokenizer.eot_id)
+    text = template.render(messages=chat, bos_token=config["bos_token"])
+    assert list(cpp.encode(text, 0, 0)) == ids(chat)
+
+
+@pytest.mark.parametrize("kind", ["smol", "chatml", "thinking", "dated"])
+def test_a_hugging_face_tokenizer_is_copied_with_the_template_that_was_trained(tmp_path, kind):
+    """ExecuTorch's C++ tokenizer gives its ids, and finds the token that ends a text."""
+    section = write_folder(tmp_path / "model", kind)
+    tokenizer, folder = build_tokenizer(section, 400), tmp_path / "bundle"
+    folder.mkdir()
+    names = write_tokenizer_files(SimpleNamespace(tokenizer=section), tokenizer, folder)  # pyright: ignore
+    assert names == ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+    for name in names:
+        same = (folder / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+        assert same == (name != "tokenizer_config.json" and (name != "tokenizer.json" or kind in ("smol", "dated")))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config.pop("chat_template") == (folder / "chat_template.jinja").read_text()
+    assert config == json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    cpp = CppHFTokenizer()
+    cpp.load(str(folder))
+    assert cpp.eos_tok() == tokenizer.eos_id and (tokenizer.bos_id is None or cpp.bos_tok() == tokenizer.bos_id)
+    for sample in [unicodedata.normalize("NFC", t) for t in texts(None, 200)]:
+        assert list(cpp.encode(sample, 0, 0)) == tokenizer.encode(sample, add_bos=False, add_eos=False), sample
+        chat = [{"role": "user", "content": sample}, {"role": "assistant", "content": "Yes."}]
+        assert list(cpp.encode(tokenizer.render(chat), 0, 0)) == tokenizer.chat(chat)[0]
+    constants = runner_constants(tokenizer)
+    assert constants["get_eos_ids"][0] == tokenizer.eos_id and ("get_bos_id" in constants) == (kind == "dated")
+    named = {"max_length": 64, "max_tokens_per_call": 32, "eos_token_id": constants["get_eos_ids"]}
+    text = howto(tokenizer, names, named, chat=True)
+    assert (
+        "tokenizer.json" in text and "chat_template.jinja" in text and tokenizer.render(QUESTION, opened=True) in text
+    )
+    assert "begin_of_text" not in text and "Llama 3" not in text
+
+
+def test_metas_file_beside_a_tokenizer_json_is_taken_if_it_has_the_same_ids(corpus, tokenizers, tmp_path):
+    shutil.copyfile(tokenizers[1] / "tokenizer.json", tmp_path / "tokenizer.json")
+    section = {"path": str(tmp_path / "tokenizer.json")}
+    assert metas_tokenizer(section) == [] == metas_tokenizer({"path": str(corpus / "tokenizer.model")})
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e sentencepiece")
+    assert metas_tokenizer(section) == []
+    (tmp_path / "original").mkdir()
+    shutil.copyfile(corpus / "tokenizer.model", tmp_path / "original" / "tokenizer.model")
+    assert metas_tokenizer(section) == [tmp_path / "original" / "tokenizer.model"]
 
 
 def test_ids_without_a_name_and_names_without_a_row(corpus, tmp_path):

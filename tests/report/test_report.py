@@ -30,6 +30,7 @@ SAME = {
     "top1": 1.0,
     "top5": 1.0,
 }
+SHOWN = {"template": "a template of its own", "conversation": "<|user|>How many?<|end|>"}
 SCORE = {"nll": 1.0, "perplexity": 2.718, "kl/bf16": 0.01, "top1/bf16": 0.9, "top5/bf16": 1.0}
 TRAINED = {"steps": 6, "first": {"step": 1, "loss": 2.5}, "last": {"step": 6, "loss": 1.5}}
 
@@ -104,7 +105,7 @@ def chain_run(folder: Path, *settings: str) -> tuple[Run, Models, list[str]]:
         "qat_dpo": TRAINED
         | {"first": TRAINED["first"] | dpo, "last": TRAINED["last"] | dpo, "samples": 9, "skipped": {"are equal": 1}},
         "export": exported_metrics(),
-        "answer": {"prompt": "How many?", "answer": "30 days."},
+        "answer": {"prompt": "How many?", "answer": "30 days.", **SHOWN},
         "evaluate": {
             "samples": 3,
             "tokens": 50,
@@ -170,7 +171,7 @@ def test_report_of_a_chain(chain, capsys):
 def test_report_follows_what_its_stages_found(chain, capsys):
     run, models, measured = chain
     report_chain(run, models, measured)
-    run.stage("answer", lambda folder: {"prompt": "How many?", "answer": ""}, {"prompt": "again"})
+    run.stage("answer", lambda folder: {"prompt": "How many?", "answer": "", **SHOWN}, {"prompt": "again"})
     folder = report_chain(run, models, measured)
     assert "report: metrics.answer.answer changed" in capsys.readouterr().out
     assert "> (nothing)" in (folder / "report.md").read_text()
@@ -202,7 +203,7 @@ def spinquant_run(folder: Path) -> tuple[Run, Models, dict[str, Any]]:
         "candidate_r4": candidate,
         "spinquant": {"chosen": "r4", "forced": True, "executorch_eager": SAME},
         "export": exported_metrics(),
-        "answer": {"prompt": "How many?", "answer": "30 days."},
+        "answer": {"prompt": "How many?", "answer": "30 days.", **SHOWN},
         "evaluate": {
             "samples": 3,
             "tokens": 50,

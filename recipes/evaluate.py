@@ -156,9 +156,10 @@ def measured_last(folder: Path) -> list[str]:
 
     names = [*asked("evaluate"), *(f"{name}.pte" for name in asked("files"))]
     settings = [f"evaluate.models=[{','.join(names)}]"] if names else []
-    control = (folder / "control_lora" / MANIFEST).is_file()
+    if not (folder / "report" / MANIFEST).is_file():  # which would have recorded it
+        settings.append(f"evaluate.control={str((folder / 'control_lora' / MANIFEST).is_file()).lower()}")
     speed = not names or (folder / "speed" / MANIFEST).is_file()
-    return [*settings, f"evaluate.control={str(control).lower()}", f"evaluate.speed={str(speed).lower()}"]
+    return [*settings, f"evaluate.speed={str(speed).lower()}"]
 
 
 def names_a_file(name: str) -> bool:

@@ -58,6 +58,8 @@ def main() -> None:
     a.folder.mkdir(parents=True, exist_ok=True)
     codes = a.checkpoint or rounded_to_nearest(a.start, a.folder / "codes")
     print(exactness(codes), flush=True)
+    different = wrong_blocks(write_gguf(a.folder / "F32.gguf", codes, "F32"), codes)
+    print(f"\nmatrices that the GGUF file with head F32 does not give back bit for bit: {different}", flush=True)
     tokens = tokens_of(a.start, a.text, a.tokens)
     print(f"\n{len(tokens)} tokens of {a.text.name}\n\n{logits_table(a.start, codes, a.folder, tokens)}")
 
@@ -146,6 +148,23 @@ def exactness(codes: Path) -> str:
         inexact, relative = difference(head, kept)
         lines.append(f"| {head.numel():,} weights of the head | {name} | {inexact} | {relative:.2g} |")
     return "\n".join(lines)
+
+
+def wrong_blocks(path: Path, codes: Path) -> int:
+    """Count the matrices of a GGUF file that do not dequantize to codes times scales, bit for bit."""
+    gguf: Any = importlib.import_module("gguf")
+    stored, wrong = torch.load(codes / WEIGHTS, weights_only=True), 0
+    names = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    for name, c in stored.items():
+        if c.dtype != torch.int8 or (name == "output.weight" and "output.weight" not in names):
+            continue
+        parts = name.removesuffix(".weight").split(".", 2)
+        outside = {"tok_embeddings": "token_embd", "output": "output"}.get(parts[0])
+        theirs = names[f"{outside or f'blk.{parts[1]}.{NAMES[parts[2]]}'}.weight"]
+        scales = stored[name.replace(".weight", ".scales")]
+        ours = (c.float().view(*scales.shape, -1) * scales[..., None]).view(c.shape)
+        wrong += not np.array_equal(gguf.quants.dequantize(theirs.data, theirs.tensor_type), ours.numpy())
+    return wrong
 
 
 def difference(exact: Tensor, kept: Tensor) -> tuple[str, float]:
@@ -294,12 +313,14 @@ def logits_table(start: Path, codes: Path, folder: Path, tokens: list[int]) -> s
     model = build_model(component, weights, None)
     save_float(folder / "start", dict(model.decoder.state_dict()), model_params(model.decoder))
     bf16 = eager_logits(folder / "start", tokens)
-    lines = ["| form | MiB | KL from llamaq's | top-1 | relative error | KL from BF16 |", f"|{' --- |'}{' ---: |' * 5}"]
+    floats = forms["the same codes, activations not quantized"]
+    heading = "| form | MiB | KL from llamaq's | top-1 | relative error | KL from float activations | KL from BF16 |"
+    lines = [heading, f"| --- |{' ---: |' * 6}"]
     for name, logits in {"llamaq: codes, int8 activations by token": own, **forms}.items():
-        same, far = agreement(own, logits), agreement(bf16, logits)
+        same, near, far = (agreement(reference, logits) for reference in (own, floats, bf16))
         mib = f"{sizes[name] / 2**20:.1f}" if name in sizes else ""
-        measured = f"{same['kl']:.2g} | {same['top1']:.3f} | {same['relative_error']:.2g} | {far['kl']:.3g}"
-        lines.append(f"| {name} | {mib} | {measured} |")
+        measured = f"{same['kl']:.2g} | {same['top1']:.3f} | {same['relative_error']:.2g} | {near['kl']:.2g}"
+        lines.append(f"| {name} | {mib} | {measured} | {far['kl']:.3g} |")
     return "\n".join(lines)
 
 

@@ -11,13 +11,8 @@ What each name is needed for (torchtune 0.6.1 file):
     qat.api.FakeQuantizeConfig, qat.fake_quantizer.FakeQuantizer                   modules/peft/lora.py (QATLoRALinear)
 """
 
-import atexit
-import getpass
 import importlib
-import os
-import shutil
 import sys
-import tempfile
 from typing import Any
 
 
@@ -47,7 +42,6 @@ def install() -> None:
     """Put the names back. Safe to call more than once."""
     if "torchao.dtypes.nf4tensor" in sys.modules:
         return
-    _usable_cache()
     import torchao.dtypes
     import torchao.quantization
     from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
@@ -66,26 +60,6 @@ def install() -> None:
     qat_api.FakeQuantizeConfig = IntxFakeQuantizeConfig
     qat_fake_quantizer.FakeQuantizer = IntxFakeQuantizer
     sys.modules["torchao.dtypes.nf4tensor"] = nf4
-
-
-def _usable_cache() -> None:
-    """Give torch's compiler a cache of this process where its own cannot be written: importing torchao would fail.
-
-    That is the case with a read-only home, and with a folder of this name in /tmp that belongs to another user.
-    """
-    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    try:
-        # torch's default; asking torch for it would make the folder
-        folder = named or os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return
-    except KeyError:  # a user without a name, for whom torch finds another folder
-        return
-    except OSError:
-        own = tempfile.mkdtemp(prefix="torchinductor_")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = own  # processes that this one starts use it too
-    atexit.register(shutil.rmtree, own, ignore_errors=True)
 
 
 def _set(module: Any, **names: Any) -> None:

@@ -82,10 +82,9 @@ def recorded_config(folder: Path, stages: list[str] | None, overrides: list[str]
     merged: Any = OmegaConf.merge(*({k: v for k, v in s.items() if k in known} for s in settings), here)
     raw: Any = OmegaConf.create(_found_again(OmegaConf.to_container(merged), folder))
     for key, path in (raw.get("tokenizer") or {}).items():
-        if key in ("path", "special_tokens_path") and path and not Path(path).is_file():
-            raw.tokenizer[key] = str(
-                _kept_copy(folder, "tokenizer.model" if key == "path" else Path(path).name) or path
-            )
+        if isinstance(path, str) and "/" in path and not Path(path).exists():
+            names = [Path(path).name, *(["tokenizer.model"] if key == "path" else [])]
+            raw.tokenizer[key] = str(_kept_copy(folder, names) or path)
     export, call = raw.get("export") or {}, ExportConfig.max_seq_length
     if "max_seq_length" not in export:  # only the stage `export` reads it; the default has to fit what others recorded
         OmegaConf.update(raw, "export.max_seq_length", min(call, export.get("max_context_length", call)))
@@ -104,7 +103,7 @@ def _found_again(node: Any, folder: Path) -> Any:
     return node
 
 
-def _kept_copy(folder: Path, name: str) -> Path | None:
+def _kept_copy(folder: Path, names: list[str]) -> Path | None:
     """Return a file of the tokenizer from beside the codes; for a run that was moved or is seen from elsewhere."""
-    copies = (folder / stage / "model" / name for stage in ("convert", "spinquant"))
+    copies = (folder / stage / "model" / name for name in names for stage in ("convert", "spinquant"))
     return next((path for path in copies if path.is_file()), None)

@@ -78,9 +78,7 @@ def recorded_config(folder: Path, stages: list[str] | None, overrides: list[str]
         "output_dir": str(folder),
         "checkpoint_dir": start if Path(start).is_absolute() else str(folder / "base" / "model"),
     }
-    known = {f.name for f in fields(Config)}  # older versions of llamaq recorded other sections
-    merged: Any = OmegaConf.merge(*({k: v for k, v in s.items() if k in known} for s in settings), here)
-    raw: Any = OmegaConf.create(_found_again(OmegaConf.to_container(merged), folder))
+    raw: Any = OmegaConf.create(_found_again(_merged(settings) | here, folder))
     for key, path in (raw.get("tokenizer") or {}).items():
         if isinstance(path, str) and "/" in path and not Path(path).exists():
             names = [Path(path).name, *(["tokenizer.model"] if key == "path" else [])]
@@ -89,6 +87,17 @@ def recorded_config(folder: Path, stages: list[str] | None, overrides: list[str]
     if "max_seq_length" not in export:  # only the stage `export` reads it; the default has to fit what others recorded
         OmegaConf.update(raw, "export.max_seq_length", min(call, export.get("max_context_length", call)))
     return with_overrides(raw, overrides, str(folder))
+
+
+def _merged(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what several stages have recorded in one; of a setting that differs, all of the last one's value."""
+    known = {f.name for f in fields(Config)}  # older versions of llamaq recorded other sections
+    merged: dict[str, Any] = {}
+    for section, value in (item for s in settings for item in s.items() if item[0] in known):
+        before = merged.get(section)
+        parts = isinstance(before, dict) and isinstance(value, dict) and "_component_" not in value
+        merged[section] = before | value if parts else value
+    return merged
 
 
 def _found_again(node: Any, folder: Path) -> Any:

@@ -141,9 +141,22 @@ def test_a_run_that_was_moved_finds_its_own_data(made, tmp_path):
     assert ours.tokenizer["path"] == f"{moved}/corpus/tokenizer.model"
 
 
+def test_of_what_stages_have_recorded_the_newest_counts_as_a_whole(made, tmp_path):
+    """A dataset is not mixed of an old one's arguments and a new one's."""
+    copy = Path(shutil.copytree(made, tmp_path / "run"))
+    older = {"dataset": {"_component_": "x", "column": "y"}, "num_fewshot": 3}
+    manifest = read_manifest(copy / "convert")
+    settings = manifest["settings"] | {"evaluate": older}
+    stale = manifest | {"finished": "2020-01-01 00:00:00", "settings": settings}
+    (copy / "tasks_bf16").mkdir()
+    write_json(copy / "tasks_bf16" / MANIFEST, stale)
+    ours = settings_of(str(copy), [])
+    assert ours.evaluate.dataset == settings_of(str(made), []).evaluate.dataset and ours.evaluate.num_fewshot == 3
+
+
 def test_what_was_measured_last_is_asked_for(made, tmp_path):
     copy = Path(shutil.copytree(made, tmp_path / "run"))
-    assert measured_last(copy) == ["evaluate.control=false", "evaluate.speed=true"]
+    assert measured_last(copy) == ["evaluate.control=false", "evaluate.speed=true"]  # no report has said more
     for stage, models in (("evaluate", ["bf16", "qat"]), ("files", ["qat"])):
         manifest = read_manifest(copy / "convert") | {"stage": stage, "identity": {"arguments": {"models": models}}}
         (copy / stage).mkdir()

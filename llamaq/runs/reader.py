@@ -95,8 +95,9 @@ def _merged(settings: list[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for section, value in (item for s in settings for item in s.items() if item[0] in known):
         before = merged.get(section)
-        parts = isinstance(before, dict) and isinstance(value, dict) and "_component_" not in value
-        merged[section] = before | value if parts else value
+        if isinstance(before, dict) and isinstance(value, dict) and "_component_" not in value:
+            value = before | value
+        merged[section] = value
     return merged
 
 

@@ -118,6 +118,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, Options]:
     parser.add_argument("--detach", action="store_true", help="do not follow the job")
     words, settings = split_settings(argv)
     arguments = parser.parse_args(words)
+    if arguments.recipe == "chat":
+        raise UserError("chat needs a terminal, which a job has not; where output_dir can be read: tune run chat …")
     config = load(arguments.config, settings)
     options = parse_options(arguments, config)
     options.check(config)

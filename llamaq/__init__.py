@@ -7,6 +7,7 @@ first used, so that `import llamaq` is quick.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llamaq.caches import usable_compiler_cache
 from llamaq.quiet import drop_known_messages
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ __all__ = [
 ]
 
 drop_known_messages()
+usable_compiler_cache()
 
 
 def __getattr__(name: str) -> Any:

@@ -149,25 +149,41 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """Put --config, without which torchtune runs nothing, before the file of `tune run chat MODEL.pte`."""
-    if argv[1:3] == ["run", "chat"] and len(argv) > 3 and argv[3].endswith(".pte") and "=" not in argv[3]:
-        return [*argv[:3], "--config", *argv[3:]]
-    return argv
+    """Put --config, without which torchtune runs nothing, before what says itself how it was made.
 
-
-def _help_asked_for(argv: list[str]) -> tuple[str, list[str]] | None:
-    """Return the recipe of ours whose help is asked for, and the words after it; else None.
-
-    The recipe is the first word after `run` that is neither a torchrun option nor an option's value.
+    That is the file in `tune run chat MODEL.pte`, and a file or a folder in `tune run evaluate PATH` or `tune run
+    evaluate output_dir=RUN`.
     """
-    words = argv[1:] if argv[:1] == ["run"] else []
+    at = _recipe_at(argv[2:]) if argv[1:2] == ["run"] else None
+    if at is None or "--config" in argv:
+        return argv
+    recipe, rest = argv[at + 2], argv[at + 3 :]
+    named = bool(rest) and not rest[0].startswith(("-", "~")) and "=" not in rest[0]
+    if named and (recipe == "evaluate" or (recipe == "chat" and rest[0].endswith(".pte"))):
+        return [*argv[: at + 3], "--config", *rest]
+    runs = [word.partition("=")[2] for word in rest if word.startswith("output_dir=")]
+    return [*argv, "--config", runs[-1]] if recipe == "evaluate" and runs else argv
+
+
+def _recipe_at(words: list[str]) -> int | None:
+    """Return where a recipe of ours stands among the words after `run`; None if it is not one of ours.
+
+    It is the first word that is neither a torchrun option nor an option's value.
+    """
     for i, word in enumerate(words):
         if word in RECIPES:
-            rest = words[i + 1 :]
-            return (word, rest) if any(option in rest for option in HELP) else None
+            return i
         if not word.startswith("-") and not (i and words[i - 1].startswith("-")):
             return None
     return None
+
+
+def _help_asked_for(argv: list[str]) -> tuple[str, list[str]] | None:
+    """Return the recipe of ours whose help is asked for, and the words after it; else None."""
+    words = argv[1:] if argv[:1] == ["run"] else []
+    if (at := _recipe_at(words)) is None or not set(HELP) & set(words[at + 1 :]):
+        return None
+    return words[at], words[at + 1 :]
 
 
 def _print_help(recipe: str, arguments: list[str]) -> None:

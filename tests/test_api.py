@@ -1,5 +1,6 @@
 """The Python API: `import llamaq` is quick, and its names are there when asked for."""
 
+import os
 import subprocess
 import sys
 
@@ -24,3 +25,11 @@ def test_a_name_brings_torchtune_along():
     for name in ("load_checkpoint", "Pte", "Scheme", "CausalLM"):
         code = f"import llamaq; print(llamaq.{name}.__name__)"
         assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == [name]
+
+
+def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path):
+    """Torch makes the folder of its compiler's cache when torchao is imported; /proc takes no folders."""
+    code = "import llamaq; llamaq.Scheme; import os; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": "/proc/none/cache", "TMPDIR": str(tmp_path)}
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).strip()
+    assert said.startswith(f"{tmp_path}/torchinductor_") and not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ def imports(path: Path) -> set[str]:
 
 # A file may import its own folder and every folder on a floor below its own, none beside or above it.
 FLOORS = [
-    {"errors", "quiet"},
+    {"errors", "quiet", "caches"},
     {"torchao_compat"},
     {"config"},
     {"families"},

@@ -38,7 +38,8 @@ from llamaq.model.shape import Shape
 from llamaq.quant.modules import Adapter, FrozenEmbedding, FrozenLinear, UntiedHead, head_of
 from llamaq.quant.prepare import add_adapters, freeze, quantized_linears
 from llamaq.quant.scheme import Scheme
-from llamaq.runs.files import write_json
+from llamaq.runs.files import LARGE, write_json
+from llamaq.runs.tracking import progress
 
 EXECUTORCH_LORA_SCALE = 2.0
 
@@ -161,8 +162,9 @@ def save_quantized(
 
 def backbone_hash(checkpoint: Path) -> str:
     """Return the SHA-256 of a checkpoint's tensors without its adapters: what a set of adapters was trained on."""
-    digest = hashlib.sha256()
-    for name, t in sorted(torch.load(checkpoint / WEIGHTS, mmap=True, weights_only=True).items()):
+    digest, tensors = hashlib.sha256(), sorted(torch.load(checkpoint / WEIGHTS, mmap=True, weights_only=True).items())
+    large = (checkpoint / WEIGHTS).stat().st_size >= LARGE
+    for name, t in progress(tensors, "hashing the backbone", unit="tensor") if large else tensors:
         if ".adaptor." not in name:
             digest.update(name.encode())
             digest.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -118,8 +118,8 @@ class Config:
     `checkpoint_dir`. `max_seq_len` is the most tokens of a training sample and the length of calibration windows; unset
     it is 2048, or the model's positions if they are fewer. A tokenizer from elsewhere is
     `llamaq.data.hf_tokenizer.hf_tokenizer`, whose `path` is a `tokenizer.json`, or
-    `torchtune.models.llama3.llama3_tokenizer`, whose `path` is Meta's `tokenizer.model`; docs/data.md has the other keys
-    (Tokenizers)."""
+    `torchtune.models.llama3.llama3_tokenizer`, whose `path` is Meta's `tokenizer.model`. docs/data.md has the other
+    keys (Tokenizers)."""
 
     corpus: Component | None = None
     """A function that makes the data first, e.g. `llamaq.data.corpus.tiny_chat`. It writes data files (and perhaps a

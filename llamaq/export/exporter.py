@@ -18,8 +18,16 @@ from llamaq.checkpoints.meta import PARAMS, WEIGHTS, feed_forward_width
 from llamaq.checkpoints.quantized import rotation_block
 from llamaq.config import ExportConfig
 from llamaq.errors import UserError
-from llamaq.export.patches import adapters_as_methods, as_trained, hadamard_operator, light_tracing, true_lengths
+from llamaq.export.patches import (
+    adapters_as_methods,
+    as_trained,
+    errors_of_writing,
+    hadamard_operator,
+    light_tracing,
+    true_lengths,
+)
 from llamaq.quiet import quiet
+from llamaq.runs.files import naming_full_disk
 from llamaq.runs.ticker import ticker
 from llamaq.runs.tracking import progress
 
@@ -176,12 +184,20 @@ def export_pte(
             have in common is stored once, and they share the KV cache's memory.
 
     Raises:
-        UserError: the exporter refused the checkpoint.
+        UserError: the exporter refused the checkpoint, or the disk is full.
     """
     checkpoint, output, options = Path(checkpoint), Path(output), options or ExportConfig()
     arguments = executorch_arguments(checkpoint, output, options, metadata, dtype)
     thread = threading.get_ident()
-    with quiet() as printed, as_trained(checkpoint), light_tracing(), true_lengths(), adapters_as_methods():
+    with (
+        naming_full_disk(str(output)),
+        quiet() as printed,
+        as_trained(checkpoint),
+        light_tracing(),
+        true_lengths(),
+        adapters_as_methods(),
+        errors_of_writing(),
+    ):
         from executorch.examples.models.llama.export_llama_lib import export_llama
 
         config = _config(arguments, options.full_logits)

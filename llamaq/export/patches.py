@@ -170,3 +170,31 @@ def adapters_as_methods() -> Iterator[None]:
         yield
     finally:
         export_llama_lib._prepare_for_llama_export = prepare
+
+
+@contextlib.contextmanager
+def errors_of_writing() -> Iterator[None]:
+    """Let an error while the .pte is written end the export, and leave no half of the file.
+
+    The exporter only logs it, so a full disk would show as a file that cannot be loaded.
+    """
+    from executorch.extension.llm.export import builder
+
+    theirs = builder.save_pte_program
+
+    def save(program: Any, name: str, folder: str = "") -> str:
+        path = Path(name if name.endswith(".pte") else Path(folder) / f"{name}.pte")
+        try:
+            with path.open("wb") as file:
+                program.write_to_file(file)
+            program.write_tensor_data_to_file(outdir=folder)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        return str(path)
+
+    builder.save_pte_program = save
+    try:
+        yield
+    finally:
+        builder.save_pte_program = theirs

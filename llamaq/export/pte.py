@@ -78,17 +78,21 @@ class Pte:
         return torch.stack([self.step([t], i) for i, t in enumerate(tokens)])
 
     def generate(self, prompt: list[int], max_new_tokens: int, stop: list[int]) -> list[int]:
-        """Return the greedy continuation of a prompt, without the stop token."""
+        """Return the greedy continuation of a prompt, without the stop token; it ends where the context is full.
+
+        Of a prompt that leaves no room for a token, the end is read.
+        """
         self.reset()
-        prompt = prompt[-(self.max_context_length - max_new_tokens - 1) :]
+        prompt = prompt[-(self.max_context_length - 1) :]
         logits = self.step(prompt, 0)
         answer: list[int] = []
-        while len(answer) < max_new_tokens:
+        while len(answer) < min(max_new_tokens, self.max_context_length - len(prompt)):
             token = int(logits.argmax())
             if token in stop:
                 break
             answer.append(token)
-            logits = self.step([token], len(prompt) + len(answer) - 1)
+            if len(prompt) + len(answer) < self.max_context_length:
+                logits = self.step([token], len(prompt) + len(answer) - 1)
         return answer
 
 

@@ -1,7 +1,7 @@
-"""Say what a model folder or a data file is, and what llamaq makes of it: `tune inspect WHAT [--config CONFIG] [k=v …]`.
+"""Say what a model folder or a data file is, and what llamaq makes of it.
 
-    tune inspect /models/mine                                       the model, its tokenizer, what a run of it takes
-    tune inspect train.jsonl checkpoint_dir=/models/mine            rows, tokens, what is skipped, one row token by token
+    tune inspect /models/mine                              the model, its tokenizer, what a run of it takes
+    tune inspect train.jsonl checkpoint_dir=/models/mine   rows, tokens, what is skipped, one row token by token
 
 Nothing is started and no weight is read. CONFIG is `llama` unless given; its data section that names the file says how
 the rows are read, else their columns do.
@@ -130,7 +130,9 @@ def _tokenizer(c: Config) -> Iterator[str]:
         yield _line("template", "none: chats cannot be trained on")
         return
     tokens, learn = tokenizer.chat(EXAMPLE)
-    yield _line("template", f"{tokenizer.template_name}; in this conversation {sum(learn)} of {len(tokens)} are learned")
+    yield _line(
+        "template", f"{tokenizer.template_name}; in this conversation {sum(learn)} of {len(tokens)} are learned"
+    )
     yield f"{'':12}{tokenizer.render(EXAMPLE)!r}"
 
 
@@ -168,7 +170,9 @@ def of_file(path: Path, config: str, overrides: list[str], row: int) -> Iterator
 
 def _section_of(path: Path, c: Config) -> tuple[str, Component] | None:
     """Return the section of the config that reads a file, and its name."""
-    stages = {f"{name}.dataset": getattr(c, name).dataset for name in ("qat", "qat_lora", "qat_dpo") if getattr(c, name)}
+    stages = {
+        f"{name}.dataset": getattr(c, name).dataset for name in ("qat", "qat_lora", "qat_dpo") if getattr(c, name)
+    }
     parts = c.spinquant.calibration if c.spinquant else []
     stages |= {f"spinquant.calibration[{i}].dataset": part.dataset for i, part in enumerate(parts)}
     for setting, component in (stages | {"evaluate.dataset": c.evaluate.dataset}).items():

@@ -19,17 +19,23 @@ from llamaq.runs.workers import check_workers
 PATIENCE = timedelta(seconds=COLLECTIVE_SECONDS)  # of collectives; for rank 0's long work ranks wait outside of them
 
 
-def main(recipe: Callable[[Run], None], usage: str | None, needs: Sequence[str] = ()) -> None:
+def main(
+    recipe: Callable[[Run], None],
+    usage: str | None,
+    needs: Sequence[str] = (),
+    read: Callable[[str, list[str]], Config] = load,
+) -> None:
     """Run a recipe with the settings on the command line; exit with 1 and one line on a user's error.
 
     Args:
         recipe: gets the opened run; every rank calls it.
         usage: the recipe's docstring, shown by --help.
         needs: the sections of the config that it cannot do without.
+        read: makes the settings of what stands behind `--config` and of the overrides.
     """
     with signals.handled(), errors_on_one_line():
         name, overrides = parse_arguments(sys.argv[1:], usage or "")
-        config = load(name, overrides)
+        config = read(name, overrides)
         check_sections(config, needs, name)
         config = complete(config)
         join_process_group(config)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 
-from llamaq.config import Config
+from llamaq.config import Config, ExportConfig
 from llamaq.config.load import with_overrides
 from llamaq.errors import UserError
 from llamaq.runs.manifest import MANIFEST, read_manifest
@@ -58,18 +58,28 @@ class RunReader(Run):
         return None
 
 
-def recorded_config(folder: Path, stages: list[str], overrides: list[str]) -> Config:
+def recorded_config(folder: Path, stages: list[str] | None, overrides: list[str]) -> Config:
     """Return what a run's config said, as far as these stages read it, with overrides.
+
+    Args:
+        folder: of the run.
+        stages: those to ask, the last word last; None asks all that are finished, the newest last.
+        overrides: `key=value` settings.
 
     Raises:
         UserError: there is no such run.
     """
     marker = folder / "run.json"
-    found = [folder / stage for stage in stages if (folder / stage / MANIFEST).is_file()]
+    found = [folder / stage for stage in stages or [] if (folder / stage / MANIFEST).is_file()]
+    if stages is None:
+        found = [path.parent for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.endswith(".partial")]
+        found.sort(key=lambda stage: read_manifest(stage)["finished"])
     if not marker.is_file() or not found:
         raise UserError(
             f"{folder} is not the folder of a run, so nothing says which tokenizer the model takes; give the run's "
             "config and the file: --config NAME chat.model=PATH.pte"
+            if stages is not None
+            else f"{folder} holds no finished stage of a run, so nothing says how it was made; give --config"
         )
     start = json.loads(marker.read_text())["starts_from"]
     settings = [read_manifest(stage)["settings"] for stage in found]
@@ -77,15 +87,41 @@ def recorded_config(folder: Path, stages: list[str], overrides: list[str]) -> Co
         "output_dir": str(folder),
         "checkpoint_dir": start if Path(start).is_absolute() else str(folder / "base" / "model"),
     }
-    known = {f.name for f in fields(Config)}  # older versions of llamaq recorded other sections
-    raw: Any = OmegaConf.merge(*({k: v for k, v in s.items() if k in known} for s in settings), here)
+    raw: Any = OmegaConf.create(_found_again(_merged(settings) | here, folder))
     for key, path in (raw.get("tokenizer") or {}).items():
         if key in KEPT and path and not Path(path).is_file():
             raw.tokenizer[key] = str(_kept_copy(folder, [*KEPT[key], Path(path).name]) or path)
+    export, call = raw.get("export") or {}, ExportConfig.max_seq_length
+    if "max_seq_length" not in export:  # only the stage `export` reads it; the default has to fit what others recorded
+        OmegaConf.update(raw, "export.max_seq_length", min(call, export.get("max_context_length", call)))
     return with_overrides(raw, overrides, str(folder))
+
+
+def _merged(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what several stages have recorded in one; of a setting that differs, all of the last one's value."""
+    known = {f.name for f in fields(Config)}  # older versions of llamaq recorded other sections
+    merged: dict[str, Any] = {}
+    for section, value in (item for s in settings for item in s.items() if item[0] in known):
+        before = merged.get(section)
+        if isinstance(before, dict) and isinstance(value, dict) and "_component_" not in value:
+            value = before | value
+        merged[section] = value
+    return merged
+
+
+def _found_again(node: Any, folder: Path) -> Any:
+    """Return settings in which the run's own data files are where the run is now; it may have been moved."""
+    if isinstance(node, dict):
+        return {k: _found_again(v, folder) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_found_again(v, folder) for v in node]
+    if isinstance(node, str) and Path(node).parent.name == "corpus" and not Path(node).exists():
+        here = folder / "corpus" / Path(node).name
+        return str(here) if here.is_file() else node
+    return node
 
 
 def _kept_copy(folder: Path, names: list[str]) -> Path | None:
     """Return a file of the tokenizer from beside the codes; for a run that was moved or is seen from elsewhere."""
-    copies = (folder / stage / "model" / name for stage in ("convert", "spinquant") for name in names)
+    copies = (folder / stage / "model" / name for name in names for stage in ("convert", "spinquant"))
     return next((path for path in copies if path.is_file()), None)

@@ -149,3 +149,8 @@ def test_errors_that_another_try_would_meet_again_are_permanent(error):
 )
 def test_errors_of_lost_peers_and_disks_are_retried(error):
     assert not job.is_permanent(error)
+
+
+def test_a_conversation_is_no_job():
+    with pytest.raises(UserError, match="chat needs a terminal, which a job has not"):
+        submit.parse(["chat", "--config", "tiny"])

@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small
+from conftest import SMALL, small
 
 from llamaq.checkpoints import tensors
+from llamaq.config import load
+from llamaq.evaluate.stages import score_stage
 from llamaq.recipes.export_executorch import convert, export
 from llamaq.recipes.qat import base, corpus, qat
 from llamaq.recipes.qat_lora import qat_lora
+from llamaq.recipes.spinquant import calibrate, models_of, select, try_candidate
 from llamaq.runs.run import Run
+from llamaq.runs.tracking import METRICS
+from llamaq.spinquant.candidates import candidates_of
 
 pytestmark = pytest.mark.slow
 WRITES = os.O_WRONLY | os.O_RDWR
@@ -91,7 +96,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {
         p.relative_to(folder).as_posix(): p.read_bytes()
         for p in folder.rglob("*")
-        if p.is_file() and p.name != "manifest.json"
+        if p.is_file() and p.name not in ("manifest.json", METRICS)  # when, and how long it took
     }
 
 
@@ -129,3 +134,44 @@ def test_an_export_with_adapters_resumes_wherever_it_was_killed(trained, killer,
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "model.pte"]
     assert "pte/other" in run.metrics("export")["hand_overs"]
     run.close()
+
+
+QUICK = [
+    "spinquant.candidates=[none,r2_r4]",
+    "spinquant.calibration.0.num_samples=8",
+    "spinquant.num_selection=4",
+    "spinquant.batch_size=4",
+    "spinquant.polish_steps=2",
+    "evaluate.models=[bf16,ptq,spinquant]",
+]
+
+
+def spinquant_run(folder: Path) -> Run:
+    return Run(
+        load("tiny_spinquant", [s for s in [*SMALL, *QUICK] if not s.startswith("qat")] + [f"output_dir={folder}"])
+    )
+
+
+def test_every_stage_of_spinquant_and_its_evaluation_resumes_wherever_it_was_killed(killer, tmp_path):
+    whole, killed = spinquant_run(tmp_path / "whole"), spinquant_run(tmp_path / "killed")
+
+    def stages(run: Run) -> dict[str, Callable[[], Path]]:
+        candidates = candidates_of(run.config.section("spinquant"), run.config.seed)
+        return {
+            "calibrate": lambda: calibrate(run),
+            **{k.stage: lambda k=k: try_candidate(run, k) for k in candidates},
+            "spinquant": lambda: select(run),
+            "evaluate": lambda: score_stage(run, models_of(run), lambda scores: {}),
+        }
+
+    for run in (whole, killed):
+        corpus(run)
+        base(run)
+    for name, stage in stages(whole).items():
+        stage()
+        folder, attempts = killed_everywhere(killer, stages(killed)[name])
+        assert attempts > 1 and files_of(folder) == files_of(whole.path(name)), name
+    assert killed.metrics("evaluate") == whole.metrics("evaluate")
+    assert killed.metrics("spinquant")["chosen"] == whole.metrics("spinquant")["chosen"]
+    whole.close()
+    killed.close()

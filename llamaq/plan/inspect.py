@@ -96,9 +96,8 @@ def of_folder(folder: Path, config: str, overrides: list[str], row: int) -> Iter
     yield from _tokenizer(c)
     decoder = check_model(c)
     prepare_model(decoder, scheme_of(c))
-    params = model_params(decoder)
+    model_params(decoder)  # ExecuTorch computes this model
     yield _line("quantized", f"linears int4 in groups of {c.scheme.group_size}, embedding and head int8 rows")
-    yield _line("exported", f"params.json: {', '.join(f'{k} {v}' for k, v in params.items())}")
     yield f"What a run of --config {config} takes, at samples of {plan_length(c):,} tokens:"
     yield from map(str, memory_plan(c, plan_length(c)))
     yield f"{'disk':>10}: about {disk_bytes(shape_of(c.model), c) / GIB:6.2f} GiB"
@@ -123,9 +122,11 @@ def _model(c: Config) -> str:
 
 def _tokenizer(c: Config) -> Iterator[str]:
     tokenizer = tokenizer_of(c)
-    stops = ", ".join(f"{tokenizer.decode([i])!r} {i}" for i in tokenizer.stop_tokens)
-    begins = "nothing" if tokenizer.bos_id is None else f"{tokenizer.bos_id}"
-    yield _line("tokenizer", f"{c.tokenizer['path']}; text begins with {begins}; answers end with {stops}")
+    stops = ", ".join(f"{_text(i, tokenizer)} ({i})" for i in tokenizer.stop_tokens)
+    begins = "nothing" if tokenizer.bos_id is None else f"{_text(tokenizer.bos_id, tokenizer)} ({tokenizer.bos_id})"
+    path = Path(c.tokenizer["path"])
+    name = path.name if path.parent == Path(c.checkpoint_dir) else path
+    yield _line("tokenizer", f"{name}; text begins with {begins}; answers end with {stops}")
     if tokenizer.template is None:
         yield _line("template", "none: chats cannot be trained on")
         return
@@ -216,4 +217,9 @@ def _tokens(tokens: Any, labels: Any, tokenizer: Any) -> Iterator[str]:
         if i == MOST_TOKENS:
             yield f"… {len(tokens) - i:,} more tokens"
             return
-        yield f"{i:6} {token:7} {'learned' if label >= 0 else '       '} {tokenizer.decode([token])!r}"
+        yield f"{i:6} {token:7} {'learned' if label >= 0 else '       '} {_text(token, tokenizer)}"
+
+
+def _text(token: int, tokenizer: Any) -> str:
+    special = next((name for name, i in tokenizer.special_tokens.items() if i == token), None)
+    return special or repr(tokenizer.decode([token]))

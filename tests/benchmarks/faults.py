@@ -249,7 +249,9 @@ def attempt(kind: str, name: str, folder: Path, rng: random.Random) -> Fault:
     left = [s for s in life.stages if not (folder / s / MANIFEST).is_file()] or [life.stages[-1]]
     fault, delay = Fault(kind, name, rng.choice(left)), rng.uniform(0, 3)
     with started(kind, life, folder) as (command, server, clock):
-        reached = wait_for((folder / f"{fault.stage}.partial").exists, command)
+        partial = folder / f"{fault.stage}.partial"
+        # an earlier attempt may have left it: the first line is printed when the run is opened
+        reached = wait_for(lambda: partial.exists() and command.said.stat().st_size > 0, command)
         with contextlib.suppress(subprocess.TimeoutExpired):
             command.process.wait(delay)
         fault.over = not reached or command.process.poll() is not None

@@ -24,6 +24,7 @@ from llamaq.spinquant.candidates import candidates_of
 
 pytestmark = pytest.mark.slow
 WRITES = os.O_WRONLY | os.O_RDWR
+TIMED = ("manifest.json", METRICS, "learning.json")  # they say when, or how long it took
 CHANGES = ("os.mkdir", "os.rename", "os.rmdir", "os.remove")
 
 
@@ -96,7 +97,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {
         p.relative_to(folder).as_posix(): p.read_bytes()
         for p in folder.rglob("*")
-        if p.is_file() and p.name not in ("manifest.json", METRICS)  # when, and how long it took
+        if p.is_file() and p.name not in TIMED
     }
 
 
@@ -142,6 +143,7 @@ QUICK = [
     "spinquant.num_selection=4",
     "spinquant.batch_size=4",
     "spinquant.polish_steps=2",
+    "spinquant.steps=10",
     "evaluate.models=[bf16,ptq,spinquant]",
 ]
 

@@ -266,7 +266,7 @@ def _decoder(
     head_dim = rope.dim
 
     def attention() -> MultiHeadAttention:
-        norms = {f"{x}_norm": RMSNorm(head_dim, norm_eps) for x in "qk"} if qk_norm else {}
+        norms: dict[str, Any] = {f"{x}_norm": RMSNorm(head_dim, norm_eps) for x in "qk"} if qk_norm else {}
         return (NormedAttention if qk_norm else MultiHeadAttention)(
             embed_dim=embed_dim,
             num_heads=num_heads,

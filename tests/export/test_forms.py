@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,12 @@ TOKENS = torch.randint(0, 512, (1, 40), generator=torch.Generator().manual_seed(
 EACH = pytest.mark.parametrize("model", FORMS.values(), ids=FORMS)
 
 
+def frozen_by_hand(latent: CausalLM) -> CausalLM:
+    """Freeze as the Python page does."""
+    decoder: Any = freeze(copy.deepcopy(latent.decoder))
+    return CausalLM(decoder)
+
+
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapters"])
 @EACH
 @torch.no_grad()
@@ -45,7 +52,7 @@ def test_latent_frozen_converted_and_executorchs_eager_model_are_equal_bit_for_b
     expected = latent(TOKENS)
     assert torch.equal(frozen(TOKENS), expected)
     assert torch.equal(back(TOKENS), expected)
-    assert torch.equal(CausalLM(freeze(copy.deepcopy(latent.decoder)))(TOKENS), expected)  # as the Python page does
+    assert torch.equal(frozen_by_hand(latent)(TOKENS), expected)
     assert torch.equal(load_eager(tmp_path, 64)(TOKENS), expected)
     tied = model.get("tie_word_embeddings", True)
     tensors = torch.load(tmp_path / WEIGHTS, weights_only=True)
@@ -88,7 +95,7 @@ def test_an_untied_head_is_trained_and_saved_under_its_own_name():
     scored = model(TOKENS, labels=labels)
     assert isinstance(scored, tuple)
     (-scored[0].sum()).backward()
-    matrix = model.head.matrix
+    matrix: Any = model.head.matrix
     assert matrix.weight.grad is not None and matrix.weight.grad.abs().sum() > 0
     assert torch.equal(model.weights()["output.weight"], matrix.weight)
     assert not any(name.startswith(("head", "decoder")) for name in model.weights())
@@ -124,7 +131,7 @@ def test_what_executorch_cannot_compute_is_refused_with_its_numbers():
         decoder = meta_decoder(FORMS["untied"] | {"rope_scaling": scaling | change})
         with pytest.raises(UserError, match=words):
             model_params(decoder)
-    decoder = meta_decoder(FORMS["untied"])
+    decoder: Any = meta_decoder(FORMS["untied"])
     decoder.layers[0].mlp.w2.bias = torch.nn.Parameter(torch.zeros(64))
     with pytest.raises(UserError, match=r"mlp\.w2 have biases"):
         model_params(decoder)

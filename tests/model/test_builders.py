@@ -1,5 +1,7 @@
 """llamaq's own builders: the logits of transformers and torchtune, and the sizes of real models on the meta device."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import FORMS, MODEL, form, random_weights
@@ -105,7 +107,8 @@ def test_other_scalings_are_refused_by_name(builder, scaling, words):
 
 
 def test_under_autocast_half_split_rope_still_computes_in_float32():
-    rope = build_decoder(FORMS["qwen2"]).layers[0].attn.pos_embeddings
+    decoder: Any = build_decoder(FORMS["qwen2"])
+    rope = decoder.layers[0].attn.pos_embeddings
     x = torch.randn(1, 64, 2, 16).bfloat16()
     assert torch.equal(rope(x), rope(x.float()).bfloat16())
 

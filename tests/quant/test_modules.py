@@ -118,7 +118,7 @@ def test_a_bias_is_added_in_both_states_and_not_quantized():
     without = LatentLinear(latent.weight, latent.fmt)
     assert torch.equal(latent(x), frozen(x)) and torch.allclose(latent(x), without(x) + bias, atol=1e-6)
     latent(x).sum().backward()
-    assert torch.equal(bias.grad, torch.full((8,), 3.0))
+    assert bias.grad is not None and torch.equal(bias.grad, torch.full((8,), 3.0))
 
 
 def test_models_without_linears_are_refused():

@@ -76,6 +76,16 @@ def test_two_ranks_of_every_zero_stage_train_like_one_process(plain, tmp_path, z
 
 
 @pytest.mark.cluster
+def test_an_untied_head_and_biases_train_under_zero_3_too(tmp_path):
+    form = ["model._component_=llamaq.model.builders.qwen2", "~model.scale_factor", "model.tie_word_embeddings=false"]
+    one, two = run(1, tmp_path / "one", *form), run(2, tmp_path / "two", "deepspeed.config=zero3", *form)
+    for stage in STAGES:
+        assert two[stage] == pytest.approx(one[stage], rel=1e-4), stage
+    trained = load_file(tmp_path / "two" / "qat.safetensors")
+    assert "output.weight" in trained and "layers.1.attn.k_proj.bias" in trained
+
+
+@pytest.mark.cluster
 def test_where_no_gradient_is_clipped_the_losses_are_the_same_bits(tmp_path):
     """Only the gradient's norm is summed in another order."""
     free = [f"{s}.clip_grad_norm=100" for s in STAGES]

@@ -88,9 +88,10 @@ class HFTokenizer(ChatTokenizer):
 
     def _choose_ids(self, names: dict[str, str], stops: list[int], path: str) -> None:
         ids = {name: self._tokenizer.token_to_id(text) for name, text in names.items()}
-        missing = next((name for name, i in ids.items() if i is None), None)
-        if missing:
-            raise UserError(f"tokenizer.config: {missing} is {names[missing]!r}, which is no token of {path}")
+        for name in ("bos_token", "eos_token"):  # the others, such as a token for padding, are not needed
+            if name in ids and ids[name] is None:
+                raise UserError(f"tokenizer.config: {name} is {names[name]!r}, which is no token of {path}")
+        ids = {name: i for name, i in ids.items() if i is not None}
         eos = ids.get("eos_token", stops[0] if stops else None)
         if eos is None:
             raise UserError(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import MODEL, random_weights, saved_variant, trained_like
+from hf_folder import write_folder
 
 from llamaq.chat.conversation import Conversation
 from llamaq.chat.eager import CachedModel
@@ -100,6 +101,29 @@ def test_an_answer_stays_in_the_tokens_that_the_model_chose(tokenizer):
     assert [tokenizer.special_tokens["<|python_tag|>"], *odd, tokenizer.eot_id] == tokens[-len(first) - len(odd) - 1 :][
         : len(odd) + 2
     ]
+
+
+@pytest.mark.parametrize("kind", ["smol", "dated", "thinking"])
+def test_a_transcript_follows_any_template(tmp_path, kind):
+    t = build_tokenizer(write_folder(tmp_path, kind), 400)
+    said = ["Rome.", " It is. ", "<think>\nhm\n</think>\n\nJune." if kind == "thinking" else "June."]
+    turns, messages = [], [{"role": "system", "content": "Be brief."}]
+    for question, answer in zip(["Where?", "Sure?", "When?"], said, strict=True):
+        turns.append(Turn(question))
+        messages.append({"role": "user", "content": question})
+        if answer != said[2]:
+            turns[-1].answer = t.encode(answer, add_bos=False, add_eos=False)
+            messages.append({"role": "assistant", "content": answer})
+    text = t.decode(Transcript(t, True, "Be brief.").prompt(turns), False, False)
+    # a template that trims takes the white space off an answer, which stays as the model said it
+    assert "".join(text.split()) == "".join(t.render(messages, opened=True).split())
+    turns[2].answer = t.encode(said[2], add_bos=False, add_eos=False)
+    messages += [{"role": "assistant", "content": said[2]}, {"role": "user", "content": "And?"}]
+    tokens = Transcript(t, True, "Be brief.").prompt([*turns, Turn("And?")])
+    if kind == "thinking":  # what was thought is gone, and everything is read as the template writes it
+        assert tokens == t.prompt(messages) and "hm" not in t.decode(tokens, False, False)
+    else:
+        assert turns[1].answer in [tokens[i : i + len(turns[1].answer)] for i in range(len(tokens))]
 
 
 def test_a_prompt_is_that_of_training_and_a_long_one_is_not_cut(tokenizer):

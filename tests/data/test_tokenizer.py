@@ -119,6 +119,8 @@ def test_a_tokenizer_of_the_other_kind_is_named(corpus, tmp_path):
 def test_what_no_file_says_is_asked_for(tmp_path):
     section = write_folder(tmp_path, "chatml")
     assert "eos_token is '<|gone|>', which is no token" in refusal(changed(section, eos_token="<|gone|>"))
+    changed(section, eos_token="<|im_end|>", pad_token="<|gone|>", unk_token="<|gone|>")
+    assert build_tokenizer(section, 600).pad_id == build_tokenizer(section, 600).eos_id
     bare = {k: section[k] for k in ("_component_", "path")}
     assert "nothing says which token ends a text; give its tokenizer_config.json" in refusal(bare)
     changed(section, eos_token=None, pad_token=None)  # generation_config.json has it

@@ -30,6 +30,7 @@ test: install
 test-all: test
 	$(BIN)/python -m pytest -m 'slow and not cluster' -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m real
 
 # the tests marked arm, with ExecuTorch's Arm build under emulation: x86-64 Linux, as root; installs 1.5 GB in 3 minutes
 arm: install

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,11 @@ def test_torchtunes_own_qat_lora_linear_works():
         weight_qat_config=IntxFakeQuantizeConfig(vars(torch)["int4"], group_size=32),
     )
     assert linear(torch.randn(2, 64)).shape == (2, 32)
+
+
+def test_every_folder_is_installed():
+    """An editable install works without the list, a wheel does not."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in (ROOT / "llamaq").rglob("__init__.py")}
+    own = {f for f in folders if not f.startswith(("llamaq.recipes", "llamaq.cluster"))}
+    assert set(listed) == own | {"llamaq.recipes", "llamaq.cluster"}

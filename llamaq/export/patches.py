@@ -56,7 +56,8 @@ def adapters_beside_biases() -> Iterator[None]:
     theirs = lora._replace_linear_8da4w_for_lora
 
     def replace(module: nn.Module, checkpoint: Any, lora_rank: int) -> None:
-        biases = {n: m.bias for n, m in module.named_modules() if isinstance(getattr(m, "bias", None), Tensor)}
+        named = {name: getattr(m, "bias", None) for name, m in module.named_modules()}
+        biases = {name: bias for name, bias in named.items() if isinstance(bias, Tensor)}
         theirs(module, checkpoint, lora_rank)
         for name, bias in biases.items():
             linear = module.get_submodule(name)

@@ -32,7 +32,7 @@ HINTS = {
     "bot": "; write 'assistant'",
 }
 # what is kept of a message; `weight` 0 says that nothing is to be learned from it
-PASSED_ON = ("tool_call_id", "name", "reasoning_content")
+PASSED_ON = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 KNOWN = ("role", "content", "from", "value", "tool_calls", "weight", "train", "masked", "loss", *PASSED_ON)
 HARMLESS = ("id", "ipython", "eot", "timestamp", "refusal", "annotations")
 

@@ -5,8 +5,6 @@ what is. Samples are cut to `tokenizer.max_seq_len` as torchtune cuts them: the 
 of text, and is not learned.
 """
 
-import copy
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -182,14 +180,11 @@ def tokenize_chat(tokenizer: Any, conversation: Conversation, form: Form) -> tup
     Raises:
         Problem: the template cannot render it.
     """
-    messages, tools = conversation.messages, conversation.tools
-    if hasattr(tokenizer, "chat"):
-        try:
-            tokens, learn = tokenizer.chat(messages, tools)
-        except UserError as e:
-            raise Problem(f": {e}") from e
-        return (tokens, _whole_input(tokens, learn, tokenizer.bos_id)) if form.train_on_input else (tokens, learn)
-    return _by_torchtune(tokenizer, conversation, form)
+    try:
+        tokens, learn = tokenizer.chat(conversation.messages, conversation.tools)
+    except UserError as e:
+        raise Problem(f": {e}") from e
+    return (tokens, _whole_input(tokens, learn, tokenizer.bos_id)) if form.train_on_input else (tokens, learn)
 
 
 def _whole_input(tokens: list[int], learn: list[bool], bos_id: int | None) -> list[bool]:
@@ -198,30 +193,6 @@ def _whole_input(tokens: list[int], learn: list[bool], bos_id: int | None) -> li
     return [i <= last and not (i == 0 and token == bos_id) for i, token in enumerate(tokens)]
 
 
-def _by_torchtune(tokenizer: Any, conversation: Conversation, form: Form) -> tuple[list[int], list[bool]]:
-    """Stand in for `tokenizer.chat` with torchtune's tokenizers, which know no tools and learn the header too."""
-    from torchtune.data import Message as Turn
-
-    turns = []
-    if conversation.tools:
-        raise Problem(" has tools, and the tokenizer's template knows none")
-    for i, m in enumerate(conversation.messages):
-        if "tool_calls" in m or m["role"] == "tool":
-            raise Problem(f": message {i + 1} is a tool's or calls one, and the tokenizer's template knows no tools")
-        is_new = m["role"] == "system" and form.new_system_prompt is not None
-        learned = m["role"] == "assistant" or (form.train_on_input and not is_new)
-        turns.append(Turn(role=m["role"], content=m["content"], masked=not (learned and m.get("weight", 1))))
-    unlimited = copy.copy(tokenizer)
-    unlimited.max_seq_len = None
-    tokens, mask = unlimited.tokenize_messages(turns)
-    return tokens, [not masked for masked in mask]
-
-
 def fingerprint_of(tokenizer: Any) -> str:
-    """Return a hash of all that decides a tokenizer's ids, its `max_seq_len` included."""
-    known = getattr(tokenizer, "fingerprint", None)
-    if known is None:
-        ranks = tokenizer.tt_model.tt_model._mergeable_ranks
-        known = hashlib.sha256(repr((sorted(ranks.items()), sorted(tokenizer.special_tokens.items()))).encode())
-        known = f"{known.hexdigest()} {tokenizer.prompt_template}"
-    return f"{known} {tokenizer.max_seq_len}"
+    """Return a hash of all that decides a tokenizer's samples, its `max_seq_len` included."""
+    return f"{tokenizer.fingerprint} {tokenizer.max_seq_len}"

@@ -1,13 +1,16 @@
 """A real chat model, from its Hugging Face folder alone: read as transformers reads it, through the chain, answered."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from smollm2 import make_smollm2
 
 from llamaq.checkpoints.load import start_weights
 from llamaq.config import load
@@ -18,6 +21,14 @@ from llamaq.model.build import build_model
 pytestmark = pytest.mark.real
 QUESTION = "What is the capital of France?"
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"}
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """The model's folder, made once and kept in LLAMAQ_REAL."""
+    folder = Path(os.environ.get("LLAMAQ_REAL", f"{tempfile.gettempdir()}/llamaq-real"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return make_smollm2(folder / "SmolLM2-135M-Instruct")
 
 
 def chat(country: str, city: str) -> list[dict[str, str]]:
@@ -70,7 +81,8 @@ def test_the_chain_runs_from_the_folder_and_its_file_answers(smollm2, data, tmp_
         for key in ("max_steps=2", "global_batch_size=4", "batch_size=4", "lr_scheduler.num_warmup_steps=1")
     ]
     lengths = ["tokenizer.max_seq_len=128", "export.max_seq_length=64", "export.max_context_length=256"]
-    fast = ["evaluate.speed=false", "evaluate.sensitivity=false", "wandb.mode=disabled", "evaluate.max_samples=6"]
+    few = ["evaluate.models=[final,final.pte]", "evaluate.file_tokens=32", "evaluate.max_samples=6"]
+    fast = ["evaluate.speed=false", "wandb.mode=disabled", "export.gate_tokens=32", *few]
     rows = [f"{stage}.dataset.packed=false" for stage in ("qat", "qat_lora")]
     prompt = [f"export.prompt={QUESTION}", "export.max_new_tokens=24"]
     configured = ["--config", "smollm2/135M_qat_lora_dpo", *settings, *steps, *lengths, *fast, *rows, *prompt]

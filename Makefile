@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/tune run qat_lora_dpo --config tiny
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # all tests except those that need a GPU: also the chain end to end, kills and resumes, real Ray and DeepSpeed
 test-all: test

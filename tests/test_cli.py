@@ -26,7 +26,7 @@ def tune(*arguments: str, command: str = "tune", cwd: Path | None = None, check:
 def test_ls_lists_our_recipes_and_torchtunes_without_noise():
     result = tune("ls")
     lines = result.stdout.splitlines()
-    assert lines[1].split() == ["qat_lora_dpo", "llama3_2/1B_qat_lora_dpo"]
+    assert lines[1].split() == ["qat_lora_dpo", "llama"]
     assert any(line.split() == ["tiny"] for line in lines) and any("lora_finetune_single_device" in x for x in lines)
     assert result.stderr == ""
 

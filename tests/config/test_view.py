@@ -81,6 +81,7 @@ def test_every_neutral_path_is_a_setting():
             "qat_lora": "TrainingConfig",
             "qat_dpo": "DPOConfig",
             "evaluate": "EvaluateConfig",
+            "export": "ExportConfig",
         }
         if not rest:
             return True

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_forms import ANSWER, USER, component, corpus, tokenizer, tokenizer_for  # noqa: F401
+from test_row_forms import ANSWER, USER, component, corpus, tokenizer, tokenizer_for  # noqa: F401
 
 from llamaq.data import files
 from llamaq.data.batches import IGNORE, collate_sft

@@ -200,7 +200,7 @@ def _guessed(path: Path) -> tuple[str, Component]:
 
 
 def _lengths(prepared: Prepared) -> str:
-    lengths = np.diff(np.asarray(prepared.offsets))
+    lengths = np.asarray(prepared.offsets[1:] - prepared.offsets[:-1], dtype=np.float64)
     points = ", ".join(f"{p} % {int(np.percentile(lengths, p)):,}" for p in (50, 90, 99))
     return f"lengths in tokens: {points}, longest {int(lengths.max()):,}"
 

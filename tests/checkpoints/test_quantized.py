@@ -120,7 +120,9 @@ def test_float_checkpoints_read_back(tmp_path):
 
 @pytest.mark.parametrize("dim, hidden", [(2048, 8192), (3072, 8192), (256, 1024), (64, 256), (128, 512), (896, 4864)])
 def test_ffn_params_reproduce_the_width(dim, hidden):
-    multiplier, multiple_of = ffn_params(dim, hidden)
+    found = ffn_params(dim, hidden)
+    assert found is not None
+    multiplier, multiple_of = found
     width = int(2 * 4 * dim / 3)  # llama-models' FeedForward
     width = multiple_of * ((int(multiplier * width) + multiple_of - 1) // multiple_of)
     assert width == hidden and feed_forward_width({"dim": dim, **width_params(dim, hidden)}) == hidden

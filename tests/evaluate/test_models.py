@@ -86,11 +86,11 @@ def test_sensitivity_runs_again_when_what_it_reads_changes(start, capsys):
     neutral = ("evaluate.batch_size=1", "qat.max_steps=9", "export.prompt=x", "evaluate.max_samples=3")
     assert "sensitivity: up to date" in again(*neutral)
     assert "sensitivity: tokenizer.max_seq_len changed" in again("tokenizer.max_seq_len=64")
-    assert "adapters.alpha, tokenizer.max_seq_len changed" in again("adapters.alpha=16")
+    assert "evaluate.sensitivity_samples, tokenizer.max_seq_len changed" in again("evaluate.sensitivity_samples=3")
     (start / "weights").write_text("2")
-    assert "inputs.weights changed" in again("adapters.alpha=16")
+    assert "inputs.weights changed" in again("evaluate.sensitivity_samples=3")
     metrics = read_manifest(start / "run" / "sensitivity")["metrics"]
-    assert metrics["samples"] == 2 and len(metrics["alone"]) == 8 and metrics["advice"]
+    assert metrics["samples"] == 3 and len(metrics["alone"]) == 8 and metrics["advice"]
 
 
 def test_scores_are_summarized_and_depend_on_the_models_named(start, capsys):

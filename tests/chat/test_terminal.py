@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow
 TUNE = str(Path(sys.executable).parent / "tune")
 QUESTIONS = ("Is Monday after Sunday?", "How many days has June?", "What is the color of grass?")
 # enough steps that answers are short and end by themselves
-STEPS = ["base.max_steps=200", "base.epochs=40", "base.checkpoint_every_n_steps=1000", "qat.max_steps=20"]
-CHAIN = ["export.stage=qat", *STEPS]
+STEPS = ["base.max_steps=400", "base.epochs=40", "base.checkpoint_every_n_steps=1000", "qat.max_steps=20"]
+CHAIN = ["export.stage=qat", "base.optimizer.lr=5e-3", *STEPS]
 
 
 @pytest.fixture(scope="module")

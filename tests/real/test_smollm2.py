@@ -66,8 +66,8 @@ def test_logits_and_ids_are_those_of_transformers(smollm2, tmp_path):
     ids = words.apply_chat_template(conversation, tokenize=True, return_dict=False)
     tokens, learned = tokenizer.chat(conversation)
     assert tokens == ids
-    said = tokenizer.decode([t for t, learn in zip(tokens, learned, strict=True) if learn])
-    assert said.count("The capital of") == 2 and "What is" not in said
+    said = words.decode([t for t, learn in zip(tokens, learned, strict=True) if learn])
+    assert said == "".join(f"{conversation[i]['content']}<|im_end|>" for i in (1, 3))
     with torch.no_grad():
         expected, found = theirs(torch.tensor([ids])).logits, ours(torch.tensor([ids]))
     assert ((found - expected).norm() / expected.norm()).item() <= 1e-5

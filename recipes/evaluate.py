@@ -83,8 +83,9 @@ def chain_models(run: Run) -> Models:
 def control_model(c: Config, folders: list[Path], scheme: Scheme | None) -> CausalLM:
     """Build the control with its adapters merged, in full precision or rounded to nearest."""
     adapters = (c.adapters.rank, c.adapters.alpha)
-    merged = merge_adapters(build_model(c.model, weights_of(*folders), None, adapters))
-    return build_model(c.model, merged.get_submodule("decoder").state_dict(), scheme)
+    model = build_model(c.model, weights_of(*folders), None, adapters)
+    merge_adapters(model)
+    return build_model(c.model, model.weights(), scheme)  # an untied head included
 
 
 def evaluate(run: Run) -> Path:

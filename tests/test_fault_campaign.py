@@ -9,7 +9,7 @@ import pytest
 SCRIPT = Path(__file__).parent / "benchmarks" / "faults.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_killed_three_times_ends_with_the_same_weights(tmp_path):
     asked = ["--kills", "3", "--lives", "qat", "--kinds", "SIGKILL", "SIGTERM", "--seed", "2"]
     command = [sys.executable, str(SCRIPT), "--folder", str(tmp_path / "faults"), *asked]

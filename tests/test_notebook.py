@@ -16,7 +16,7 @@ def test_it_is_a_small_notebook():
     assert {cell["cell_type"] for cell in notebook["cells"]} == {"markdown", "code"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPS", "40")
     outputs = run_notebook(NOTEBOOK, tmp_path)

@@ -1,14 +1,4 @@
-"""The `tune` command: torchtune's, plus our recipes and configs, plus Ray's own subcommands handed to Ray.
-
-    tune ls                                     recipes and configs, ours first
-    tune run RECIPE --config CONFIG [k=v …]     run one; torchrun options go before RECIPE (--nproc_per_node 2)
-    tune run RECIPE --help [SETTING …]          what it does and every setting, or all about some
-    tune submit RECIPE --config CONFIG --address http://HEAD:8265 --num-workers N [k=v …]    the same on a Ray cluster
-    tune inspect WHAT [--config CONFIG] [k=v …] what a model folder or a data file is, and what llamaq makes of it
-    tune compare RUN RUN … [--output FILE]      runs side by side on one page
-    tune publish RUN --repo NAME [--dry-run]    what a run ships, to the Hugging Face Hub
-    tune cp | cat | validate | download …       as in torchtune
-    tune lsx | list-trials | list-experiments | add-note | ls FOLDER …    Ray Tune's
+"""The `tune` command: torchtune's, plus our recipes, configs and commands, plus Ray's own handed to Ray (`OVERVIEW`).
 
 Ray and torchtune install a script of the same name; `llamaq …` and `python -m llamaq …` are this one for sure.
 """
@@ -118,7 +108,7 @@ def _main() -> None:
         return
     if module := OWN_COMMANDS.get(command):
         sys.exit(importlib.import_module(module).main(sys.argv[2:]))
-    sys.argv = _with_config(sys.argv)
+    sys.argv = _with_config(sys.argv) + ["--no-clobber"] * (command == "cp")  # an edited copy is not overwritten
     _check_words(sys.argv[1:])
     register_recipes()
     _patch_torchtune()
@@ -129,18 +119,16 @@ def _main() -> None:
 
 
 def _check_words(argv: list[str]) -> None:
-    """Answer what torchtune answers too late or without a name: no config, an unknown one, a copy over a file."""
+    """Answer what torchtune answers without a name: a recipe without a config, a config that is not known."""
     command, words = argv[0], argv[1:]
-    recipe = next((w for w in words if w in RECIPES), None)
-    if command == "run" and recipe and "--config" not in words:
-        _refuse(f"which config? tune run {recipe} --config NAME; {', '.join(packaged_configs())}, or a YAML file")
-    names = [w for w in words if not w.startswith("-")]
-    if command == "cat" and names and (near := difflib.get_close_matches(names[0], packaged_configs(), n=1)):
-        unknown = names[0] not in packaged_configs() and not Path(names[0]).is_file()
-        if unknown and Path(names[0]).suffix not in (".yaml", ".yml"):
-            _refuse(f"no config '{names[0]}'; did you mean {near[0]}?")
-    if command == "cp" and len(names) == 2 and "-n" not in words:
-        sys.argv.append("--no-clobber")  # an edited copy is not overwritten
+    at = _recipe_at(words) if command == "run" else None
+    if at is not None and "--config" not in words:
+        _refuse(f"which config? tune run {words[at]} --config NAME; {', '.join(packaged_configs())}, or a YAML file")
+    name = next((w for w in words if not w.startswith("-")), None) if command == "cat" else None
+    if not name or name in packaged_configs() or Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
+        return
+    if near := difflib.get_close_matches(name, packaged_configs(), n=1):
+        _refuse(f"no config '{name}'; did you mean {near[0]}?")
 
 
 def _refuse(message: str) -> NoReturn:
@@ -232,7 +220,7 @@ def _check_with_checkpoint(config: Config) -> None:
 
 
 def _patch_torchtune() -> None:
-    """Two changes to torchtune's commands, both small enough to read here."""
+    """Change torchtune's `run` and `validate`, in ways small enough to read here."""
     from torchtune._cli.run import Run
     from torchtune._cli.validate import Validate
 

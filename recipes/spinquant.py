@@ -114,9 +114,10 @@ def shipped_model(run: Run) -> CausalLM:
 def models_of(run: Run) -> Models:
     """Describe the models of the run: BF16, that rounded to nearest without calibration (PTQ), and what ships."""
     c = only(run.config, *MODEL_SETTINGS)
+    start = start_inputs(c)
     known = {
-        "bf16": ModelSource(lambda: build_model(c.model, start_weights(c), None), start_inputs(c), full_precision=True),
-        "ptq": ModelSource(lambda: build_model(c.model, start_weights(c), scheme_of(c)), start_inputs(c)),
+        "bf16": ModelSource(lambda: build_model(c.model, start_weights(c), None), start, full_precision=True),
+        "ptq": ModelSource(lambda: build_model(c.model, start_weights(c), scheme_of(c)), start),
         SHIPPED: ModelSource(lambda: shipped_model(run), [run.path(SHIPPED)]),
     }
     return Models(known, SHIPPED, SHIPPED, context=1)  # see `pte_gates` for why contexts of one token

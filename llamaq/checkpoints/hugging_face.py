@@ -28,12 +28,17 @@ def torchtune_name(key: str) -> str | None:
     return OUTSIDE.get(key, key)
 
 
+def reordered_heads(decoder: Any) -> dict[str, int]:
+    """Return the linears whose rows Hugging Face has in another order than the decoder, with their number of heads."""
+    if in_halves(decoder):
+        return {}
+    attn = decoder.layers[0].attn
+    return {"attn.q_proj": attn.num_heads, "attn.k_proj": attn.num_kv_heads}
+
+
 def in_row_order(tensors: StateDict, decoder: Any) -> StateDict:
     """Put rows of q and k of Hugging Face's tensors, under torchtune's names, into the order of a decoder's RoPE."""
-    if in_halves(decoder):
-        return tensors
-    attn = decoder.layers[0].attn
-    heads = {"attn.q_proj": attn.num_heads, "attn.k_proj": attn.num_kv_heads}
+    heads = reordered_heads(decoder)
 
     def rows(name: str, t: Tensor) -> Tensor:
         found = next((n for linear, n in heads.items() if f".{linear}." in name), None)

@@ -9,13 +9,12 @@ from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
 
 from llamaq.checkpoints.tensors import save_pth
 from llamaq.errors import UserError
+from llamaq.families.weight_files import META_PARAMS as PARAMS
+from llamaq.families.weight_files import META_WEIGHTS as WEIGHTS
 from llamaq.model.builders import in_halves
 from llamaq.model.names import EMBEDDING, HEAD, meta_key, split
 from llamaq.model.shape import Shape
 from llamaq.runs.files import write_json
-
-WEIGHTS = "consolidated.00.pth"
-PARAMS = "params.json"
 
 
 def save_float(folder: Path, weights: dict[str, Tensor], params: dict[str, Any]) -> None:

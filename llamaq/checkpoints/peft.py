@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamaq.checkpoints.hugging_face import hf_rows, meta_rows
+from llamaq.checkpoints.hugging_face import hf_rows, meta_rows, reordered_heads
 from llamaq.checkpoints.load import check_finite
 from llamaq.checkpoints.meta import PARAMS, WEIGHTS
 from llamaq.checkpoints.peft_config import (
@@ -16,27 +16,24 @@ from llamaq.checkpoints.peft_config import (
     TENSORS,
     check_backbone,
     check_rank,
+    check_tensors,
     read_peft_config,
-    read_tensors_header,
     scale_left_over,
 )
 from llamaq.checkpoints.tensors import load_safetensors, save_pth, save_tensors
 from llamaq.errors import UserError
-from llamaq.model.builders import in_halves
 from llamaq.model.names import HUGGING_FACE, LINEARS, hugging_face_name, meta_name, split
 from llamaq.quant.prepare import quantized_linears
 
 
 def save_peft(folder: Path, decoder: Any, rank: int, alpha: float) -> None:
     """Write a decoder's adapters as PEFT reads them, rows of q and k in Hugging Face's RoPE order."""
-    tensors = {}
+    tensors, heads = {}, reordered_heads(decoder)
     for name, linear in quantized_linears(decoder).items():
         assert linear.adapter is not None
-        layer, tail = split(name)
+        _, tail = split(name)
         key = f"base_model.model.model.{hugging_face_name(name)}"
-        attn = decoder.layers[layer].attn
         b = linear.adapter.b.detach().bfloat16()
-        heads = {} if in_halves(decoder) else {"attn.q_proj": attn.num_heads, "attn.k_proj": attn.num_kv_heads}
         tensors[f"{key}.lora_A.weight"] = linear.adapter.a.detach().bfloat16()
         tensors[f"{key}.lora_B.weight"] = hf_rows(b, heads[tail]) if tail in heads else b
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +67,7 @@ def load_peft(folder: Path, params: dict[str, Any], tensors: dict[str, Tensor]) 
     config = read_peft_config(folder)
     check_rank(config, params.get("lora_args", {}).get("rank"))
     left_over = scale_left_over(config)
-    read_tensors_header(folder)
+    check_tensors(folder)
     found, result = load_safetensors(folder / TENSORS), {}
     for name in (f"layers.{layer}.{ours}" for layer in range(params["n_layers"]) for ours in LINEARS):
         for part in "AB":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaq.checkpoints.quantized import EXECUTORCH_LORA_SCALE, backbone_hash
+from llamaq.config.checks import is_number
 from llamaq.errors import UserError
 from llamaq.families.config_json import read_json
 from llamaq.families.headers import FLOATS, read_header
@@ -43,7 +44,7 @@ READ = {
     "ensure_weight_tying",
     "megatron_core",
 }
-# begins of `init_lora_weights` that take something out of the base weights, on which the adapters then sit
+# beginnings of `init_lora_weights` that take something out of the base weights, on which the adapters then sit
 CHANGES_BASE = ("pissa", "olora", "loftq", "corda")
 
 
@@ -82,10 +83,11 @@ def read_peft_config(folder: Path) -> PeftConfig:
     if values.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {values.get('peft_type')}; only LORA is supported")
     _check_features(path, values)
-    rank, alpha = values.get("r"), values.get("lora_alpha")
+    rank: Any = values.get("r")
+    alpha: Any = values.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise UserError(f"{path}: r is {rank}; it has to be the rank, a positive integer")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+    if not is_number(alpha) or not 0 < alpha < math.inf:
         raise UserError(f"{path}: lora_alpha is {alpha}; it has to be a number above 0")
     for key, uniform in (("rank_pattern", rank), ("alpha_pattern", alpha)):
         if any(value != uniform for value in (values.get(key) or {}).values()):
@@ -109,7 +111,7 @@ def check_peft(folder: Path, rank: int, trusted: bool) -> None:
     check_rank(config, rank)
     scale_left_over(config)
     check_backbone(folder, None, trusted)
-    read_tensors_header(folder)
+    check_tensors(folder)
 
 
 def check_rank(config: PeftConfig, rank: int) -> None:
@@ -165,7 +167,7 @@ def check_backbone(folder: Path, checkpoint: Path | None, trusted: bool) -> None
         raise UserError(f"{folder} was trained on another quantized backbone than {checkpoint}: it would not fit")
 
 
-def read_tensors_header(folder: Path) -> None:
+def check_tensors(folder: Path) -> None:
     """Check that the adapters' file is there, whole, and holds floats.
 
     Raises:

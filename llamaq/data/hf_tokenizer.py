@@ -60,15 +60,15 @@ class HFTokenizer(ChatTokenizer):
         self.max_seq_len = max_seq_len
         names = {name: text for name in NAMED if (text := _text_of(settings.get(name)))}
         _add_tokens(self._tokenizer, settings, names)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special_tokens = {token.content: i for i, token in added if token.special}
         self._front = self._added_in_front()
         # what the library puts around a text is added by `encode` here; left on, it would also trim the offsets
         self._tokenizer.post_processor = None
         self._tokenizer.encode_special_tokens = True
         self.base_vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self._choose_ids(names, _ids_of(generation.get("eos_token_id")), path)
-        self._read_template(settings, names, chat_template, [t.content for t in added.values()], date)
+        self._read_template(settings, names, chat_template, date)
         if self.template is not None:
             ends = [self.special_tokens[text] for text in self.template.ends if text in self.special_tokens]
             self.stop_tokens += sorted({*ends} - {*self.stop_tokens})
@@ -101,12 +101,10 @@ class HFTokenizer(ChatTokenizer):
         pads = [i for text in PADS if (i := self._tokenizer.token_to_id(text)) is not None]
         self.eos_id, self.pad_id = eos, ids.get("pad_token", [*pads, eos][0])
         self.bos_id = self._front[0] if self._front else None
-        self.prefix_id = ids.get("bos_token", self._front[0] if self._front else eos)
+        self.prefix_id = ids.get("bos_token", eos if self.bos_id is None else self.bos_id)
         self.stop_tokens = list(dict.fromkeys([eos, *stops]))
 
-    def _read_template(
-        self, settings: dict[str, Any], names: dict[str, str], file: str | None, added: list[str], day: str
-    ) -> None:
+    def _read_template(self, settings: dict[str, Any], names: dict[str, str], file: str | None, day: str) -> None:
         """Take the template of the file, or that of tokenizer_config.json, where a list holds several by name."""
         source: Any = settings.get("chat_template")
         self.template_name = "the chat template of tokenizer_config.json"
@@ -114,10 +112,12 @@ class HFTokenizer(ChatTokenizer):
             source, self.template_name = _bytes(file).decode(), f"the chat template {Path(file).name}"
         if isinstance(source, list):
             source = {entry["name"]: entry["template"] for entry in source}
-        decoder = self._tokenizer.get_added_tokens_decoder()
-        patterns = {token.content: _pattern(token) for token in decoder.values() if token.special}
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        patterns = {token.content: _pattern(token) for token in added if token.special}
         ends = [text for text, i in self.special_tokens.items() if i in self.stop_tokens]
-        self.template = ChatTemplate(source, names, patterns, added, ends, day) if source else None
+        self.template = None
+        if source:
+            self.template = ChatTemplate(source, names, patterns, [t.content for t in added], ends, day)
         if self.template is None:
             self.template_name = "no chat template"
         elif self.template.uses_date:

@@ -14,7 +14,6 @@ from llamaq.data.chat_template import DEFAULT_DATE, ChatTemplate, Message
 from llamaq.data.chat_tokenizer import ChatTokenizer
 from llamaq.errors import UserError
 
-COMPONENT = "torchtune.models.llama3.llama3_tokenizer"
 FORMS = {
     "torchtune": "Llama 3's chat template in torchtune's form, without a date",
     "meta": "Llama 3's chat template in Meta's form, with the date {}",

@@ -10,22 +10,12 @@ from typing import Any
 
 from llamaq.config import Component, Config
 from llamaq.config.components import instantiate
-from llamaq.data.llama3_tokenizer import COMPONENT as LLAMA3
 from llamaq.data.llama3_tokenizer import Llama3Tokenizer
 from llamaq.errors import UserError
+from llamaq.families.tokenizer_files import FILES, HUGGING_FACE
+from llamaq.families.tokenizer_files import META as LLAMA3
 from llamaq.model.shape import shape_of
 
-HUGGING_FACE = "llamaq.data.hf_tokenizer.hf_tokenizer"
-# arguments that hold a file, and the name under which a copy of it is found
-FILES = {
-    LLAMA3: {"path": "tokenizer.model", "special_tokens_path": "special_tokens.json"},
-    HUGGING_FACE: {
-        "path": "tokenizer.json",
-        "config": "tokenizer_config.json",
-        "chat_template": "chat_template.jinja",
-        "generation_config": "generation_config.json",
-    },
-}
 OURS = ("template", "date")  # keys of a section with torchtune's component that llamaq reads itself
 # The tokenizer names these ids, but a text model has no rows for them; they never occur in text.
 _NOT_IN_TEXT = ("<|image|>", "<|video|>")
@@ -117,7 +107,7 @@ def _check_ids(tokenizer: Any, vocab_size: int) -> None:
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """Tokenize a prompt as in training: a user's turn and the start of the answer, or plain text."""
     if not chat:
-        return text_opening(tokenizer) + tokenizer.encode(prompt, add_bos=False, add_eos=False)
+        return tokenizer.encode(prompt, add_bos=True, add_eos=False)
     return tokenizer.prompt([{"role": "user", "content": prompt}])
 
 

@@ -22,12 +22,14 @@ from llamaq.data.batches import collate_sft
 from llamaq.data.datasets import build_dataset
 from llamaq.data.tokenizer import build_tokenizer
 from llamaq.errors import UserError
+from llamaq.evaluate.models import check_texts
 from llamaq.evaluate.readers import Pair, PteReader, Reader, score_continuation
 from llamaq.evaluate.scores import score_file
-from llamaq.evaluate.tasks import check_tasks, measure_tasks
+from llamaq.evaluate.tasks import measure_tasks
 from llamaq.export.benchmark import MEASURES, benchmark, median_and_quartiles
 from llamaq.export.exporter import load_eager
 from llamaq.export.pte import Pte
+from llamaq.families.tokenizer_files import HUGGING_FACE, META, section_in
 from llamaq.runs.files import sha256_file, size_of
 from llamaq.runs.reader import recorded_config
 from llamaq.runs.tracking import progress
@@ -85,7 +87,7 @@ class Loose:
         """
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        found = next((p for p in (path, path / "model.pte", path, path / "model") if _is_model(p)), None)
+        found = next((p for p in (path, path / "model.pte", path / "model") if _is_model(p)), None)
         if found is None:
             raise UserError(
                 f"{path} is neither a run, a .pte, a folder with model.pte (export, bundle) nor one with {PARAMS} and "
@@ -135,21 +137,7 @@ def tokenizer_in(folder: Path) -> Component | None:
 
     The two give the same ids where both are there.
     """
-
-    def there(name: str) -> str | None:
-        return str(folder / name) if (folder / name).is_file() else None
-
-    if path := there("tokenizer.model"):
-        special = there("special_tokens.json")
-        meta = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": path}
-        return meta | ({"special_tokens_path": special} if special else {})
-    if path := there("tokenizer.json"):
-        files = {"config": "tokenizer_config.json", "chat_template": "chat_template.jinja"}
-        files["generation_config"] = "generation_config.json"
-        found = {key: there(name) for key, name in files.items()}
-        component = {"_component_": "llamaq.data.hf_tokenizer.hf_tokenizer", "path": path}
-        return component | {key: name for key, name in found.items() if name}
-    return None
+    return section_in(folder, META) or section_in(folder, HUGGING_FACE)
 
 
 def measure_loose(path: Path, overrides: list[str]) -> dict[str, Any]:
@@ -201,10 +189,7 @@ def _check(loose: Loose, c: Config) -> None:
             f"no tokenizer lies beside {loose.path}; copy tokenizer.model or tokenizer.json there, or name it: "
             "tokenizer._component_=torchtune.models.llama3.llama3_tokenizer tokenizer.path=FILE"
         )
-    if e.tasks:
-        check_tasks(e.tasks, Path(e.tasks_dir) if e.tasks_dir else None)
-    if e.perplexity_text and not Path(e.perplexity_text).is_file():
-        raise UserError(f"evaluate.perplexity_text={e.perplexity_text}: no such file")
+    check_texts(e)
 
 
 def _check_tokenizer(loose: Loose, tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamaq.config import Config
+from llamaq.config import Config, EvaluateConfig
 from llamaq.errors import UserError
 from llamaq.evaluate.tasks import check_tasks
 from llamaq.export.gates import GATE_CONTEXT
@@ -96,8 +96,16 @@ def check_evaluation(c: Config, known: list[str], shipped: str) -> None:
     Raises:
         UserError: a model or task that is unknown, or a file that is not there.
     """
-    e = c.evaluate
     wanted_models(c, known, shipped)
+    check_texts(c.evaluate)
+
+
+def check_texts(e: EvaluateConfig) -> None:
+    """Check that the tasks are known and the text is there.
+
+    Raises:
+        UserError: naming what is not.
+    """
     if e.tasks:
         check_tasks(e.tasks, Path(e.tasks_dir) if e.tasks_dir else None)
     if e.perplexity_text and not Path(e.perplexity_text).is_file():

@@ -85,10 +85,7 @@ def write_tokenizer_files(c: Config, tokenizer: Any, folder: Path) -> list[str]:
     names = copy_tokenizer(c.tokenizer, folder)
     if is_tiktoken(tokenizer):
         write_tokenizer(tokenizer, shape_of(c.model).vocab, c.export.max_context_length, c.export.chat, folder)
-        return [
-            *names,
-            *(n for n in ("tokenizer.json", "tokenizer_config.json", "special_tokens.json") if n not in names),
-        ]
+        return list(dict.fromkeys([*names, "tokenizer.json", "tokenizer_config.json", "special_tokens.json"]))
     if (folder / "tokenizer.json").is_file():
         without_nfc(folder / "tokenizer.json")
     if tokenizer.template is not None:

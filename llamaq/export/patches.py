@@ -39,13 +39,18 @@ def beyond_stock(params: dict[str, Any]) -> str:
     Args:
         params: the checkpoint's params.json.
     """
-    hidden = feed_forward_width(params)
-    block = rotation_block(params, hidden, PARAMS) if "quantization_args" in params else 0
+    hidden, block = _online(params, PARAMS)
     if block not in (0, hidden):
         return f"its online rotation takes no width of {hidden}, and this model has it in blocks of {block}"
     if params.get("attention_qkv_bias") and "lora_args" in params:
         return "it leaves out the biases of q, k and v where there are adapters"
     return ""
+
+
+def _online(params: dict[str, Any], where: str) -> tuple[int, int]:
+    """Return the feed-forward width and the width of R4's blocks, 0 for none."""
+    hidden = feed_forward_width(params)
+    return hidden, rotation_block(params, hidden, where) if "quantization_args" in params else 0
 
 
 @contextlib.contextmanager
@@ -77,9 +82,8 @@ def online_blocks(checkpoint: Path) -> Iterator[None]:
     """Let ExecuTorch's model mix R4 in blocks, where its operator does not take the whole width (3072 = 3 · 1024)."""
     from executorch.examples.models.llama.source_transformation import spin_quant
 
-    params = json.loads((checkpoint / "params.json").read_text())
-    hidden = feed_forward_width(params)
-    block = rotation_block(params, hidden, str(checkpoint)) if "quantization_args" in params else 0
+    params = json.loads((checkpoint / PARAMS).read_text())
+    hidden, block = _online(params, str(checkpoint))
     name = "inject_fast_hadamard_transform_native_for_spin_quant"
     theirs = getattr(spin_quant, name)
 

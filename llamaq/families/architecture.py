@@ -54,7 +54,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def whole(value: float) -> float:
-    """Return 32 for 32.0: files write either, and a setting's identity tells them apart."""
+    """Return 32 for 32.0: files write either, and the two would give a stage different identities."""
     return int(value) if float(value).is_integer() else value
 
 

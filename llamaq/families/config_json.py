@@ -120,7 +120,7 @@ class ConfigJson:
             raise UserError(f"{self.path}: layer_types has {', '.join(sorted(map(str, others)))}: only full attention")
 
     def _is_tied(self) -> bool:
-        """Tell whether the head is the embedding. Without the key, transformers unties; a file without a head ties."""
+        """Tell whether the head is the embedding. Without the key, it is if the weights have no head."""
         tied = self.values.get("tie_word_embeddings")
         if tied is False and self.has_head is False:
             raise UserError(

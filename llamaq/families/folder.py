@@ -11,6 +11,7 @@ from llamaq.families.architecture import Architecture
 from llamaq.families.config_json import ConfigJson, read_json
 from llamaq.families.tokenizer_files import tokenizer_in
 from llamaq.families.weight_files import (
+    GGUF,
     META_PARAMS,
     META_WEIGHTS,
     Header,
@@ -32,7 +33,6 @@ class Described:
 
     folder: Path
     layout: str  # hugging_face, meta or torchtune
-    weights: list[Path]
     headers: dict[Path, Header | None]  # of each file with weights; None where a header does not tell
     source: Path | None = None  # config.json or params.json
     architecture: Architecture | None = None  # None if no file says what model it is
@@ -41,13 +41,16 @@ class Described:
     tokenizer: Component | None = None
 
     @property
+    def weights(self) -> list[Path]:
+        """Return the files with weights."""
+        return list(self.headers)
+
+    @property
     def model(self) -> Component | None:
         """Return the `model` section that builds it, None if the folder does not say."""
-        return (
-            self.recorded
-            if self.architecture is None
-            else FAMILIES[self.architecture.family].component(self.architecture)
-        )
+        if self.architecture is None:
+            return self.recorded
+        return FAMILIES[self.architecture.family].component(self.architecture)
 
 
 def describe(folder: str | Path) -> Described:
@@ -85,12 +88,10 @@ def _hugging_face(folder: Path) -> Described:
     if quantization := values.get("quantization_config") or values.get("compression_config"):
         method = quantization.get("quant_method", "of an unnamed method") if isinstance(quantization, dict) else "?"
         raise UserError(quantized(folder, f"config.json has a quantization_config: {method}"))
-    files = hugging_face_files(folder)
-    headers = headers_of(files)
-    for file, header in headers.items():
-        check_floats(file, header or {})
+    headers = headers_of(hugging_face_files(folder))
+    check_floats(headers)
     architecture = family.read(ConfigJson(path, values, _has_head(headers)))
-    return Described(folder, "hugging_face", files, headers, path, architecture, tokenizer=tokenizer_in(folder))
+    return Described(folder, "hugging_face", headers, path, architecture, tokenizer=tokenizer_in(folder))
 
 
 def _family_of(path: Path, values: dict[str, Any]) -> Any:
@@ -133,11 +134,10 @@ def _meta(folder: Path) -> Described:
     header, params = headers[weights] or {}, read_json(path) if path.is_file() else {}
     codes = params.get("quantization_args")
     if not codes:
-        check_floats(weights, header)
+        check_floats(headers)
     return Described(
         folder,
         "meta",
-        [weights],
         headers,
         path if params else None,
         params_json.read(path, params, header) if params and header else None,
@@ -154,12 +154,11 @@ def _torchtune(folder: Path) -> Described:
     if not files:
         raise UserError(f"checkpoint_dir={folder} has no checkpoint: {_expected(folder)}")
     headers = headers_of(files)
-    for file, header in headers.items():
-        check_floats(file, header or {})
-    manifest = folder / "manifest.json"  # of a training stage of llamaq
+    check_floats(headers)
+    manifest = folder / "manifest.json"  # of a training stage of llamaq; `runs` is a floor above
     settings = read_json(manifest).get("settings") or {} if manifest.is_file() else {}
     tokenizer = settings.get("tokenizer") or tokenizer_in(folder)
-    return Described(folder, "torchtune", files, headers, recorded=settings.get("model"), tokenizer=tokenizer)
+    return Described(folder, "torchtune", headers, recorded=settings.get("model"), tokenizer=tokenizer)
 
 
 def _expected(folder: Path) -> str:
@@ -167,7 +166,7 @@ def _expected(folder: Path) -> str:
     if snapshots:
         return f"it is a folder of the Hub's cache; give the snapshot in it, {snapshots[-1].parent}"
     if any(folder.glob("*.gguf")):
-        return "its .gguf file is quantized for llama.cpp; download the original weights"
+        return GGUF
     return (
         f"expected {META_WEIGHTS} (Meta), config.json with *.safetensors (Hugging Face), or a .pt/.bin/.safetensors "
         "file (torchtune)"

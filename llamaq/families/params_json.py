@@ -6,6 +6,7 @@ from typing import Any
 from llamaq.errors import UserError
 from llamaq.families.architecture import DEFAULT, Architecture, Scaling
 from llamaq.families.headers import Entry
+from llamaq.families.rope import number
 
 NORM_EPS, THETA = 1e-5, 500_000.0  # llama-models' defaults
 POSITIONS, SCALED_POSITIONS = 8192, 131_072  # of Llama 3, and of Llama 3.1 and later; params.json does not say
@@ -46,12 +47,12 @@ def read(path: Path, params: dict[str, Any], header: dict[str, Entry]) -> Archit
         max_seq_len=_integer(path, params, "max_seq_len", SCALED_POSITIONS if scaled else POSITIONS),
         rope_base=_theta(path, params, header),
         norm_eps=float(params.get("norm_eps") or NORM_EPS),
-        tie_word_embeddings=is_tied(params, header),
+        tie_word_embeddings=_is_tied(params, header),
         rope_scaling=_scaling(params, dim),
     )
 
 
-def is_tied(params: dict[str, Any], header: dict[str, Entry]) -> bool:
+def _is_tied(params: dict[str, Any], header: dict[str, Entry]) -> bool:
     """Tell whether the head is the embedding: it is not there, or has the same bytes.
 
     A quantized model that was rotated by R1 has two matrices; what it was made of was tied, and so is the model that
@@ -76,9 +77,7 @@ def _theta(path: Path, params: dict[str, Any], header: dict[str, Entry]) -> floa
         if (_rows(header, "tok_embeddings.weight") or 0) < LLAMA_3_VOCABULARY:
             raise UserError(f"{path}: has no rope_theta; add it (Llama 3 has 500000.0, Llama 2 10000.0)")
         theta = THETA
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
-        raise UserError(f"{path}: rope_theta is {theta}; it has to be a number above 0")
-    return theta
+    return number(path, "rope_theta", theta)
 
 
 def _scaling(params: dict[str, Any], dim: int) -> Scaling:

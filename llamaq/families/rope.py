@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from llamaq.config.checks import is_number
 from llamaq.errors import UserError
 from llamaq.families.architecture import DEFAULT, Scaling
 
 THETA = 10_000.0  # transformers' default, of all families here
-# rope_type → its numbers
+# rope_type → the numbers that its section of a config.json holds beside it
 SCALINGS = {
     "default": (),
     "linear": ("factor",),
@@ -38,7 +39,7 @@ def read_rope(path: Path, values: dict[str, Any], positions: int) -> tuple[float
     for part in (*sections.values(), values):
         if part.get("partial_rotary_factor", 1) not in (1, None):
             raise UserError(f"{path}: partial_rotary_factor={part['partial_rotary_factor']} is not supported, only 1")
-    return _number(path, "rope_theta", thetas[0]), scalings[0]
+    return number(path, "rope_theta", thetas[0]), scalings[0]
 
 
 def _scaling(path: Path, key: str, section: dict[str, Any], positions: int) -> Scaling:
@@ -48,12 +49,17 @@ def _scaling(path: Path, key: str, section: dict[str, Any], positions: int) -> S
     numbers = dict(section)
     if kind == "llama3" and numbers.get("original_max_position_embeddings") is None:
         numbers["original_max_position_embeddings"] = positions  # as transformers does
-    scaling = {name: _number(path, f"{key}.{name}", numbers.get(name)) for name in SCALINGS[kind]}
+    scaling = {name: number(path, f"{key}.{name}", numbers.get(name)) for name in SCALINGS[kind]}
     does_nothing = scaling.get("factor", 1) == 1
     return dict(DEFAULT) if does_nothing else {"rope_type": kind, **scaling}
 
 
-def _number(path: Path, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+def number(path: Path, key: str, value: Any) -> float:
+    """Return a number above 0.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not is_number(value) or value <= 0:
         raise UserError(f"{path}: {key} is {value}; it has to be a number above 0")
     return value

@@ -6,24 +6,32 @@ from llamaq.config.components import Component
 from llamaq.errors import UserError
 
 HUGGING_FACE, META = "llamaq.data.hf_tokenizer.hf_tokenizer", "torchtune.models.llama3.llama3_tokenizer"
-# argument of hf_tokenizer → file; each is an argument, so that its content counts in a stage's identity
-BESIDE = {
-    "config": "tokenizer_config.json",
-    "chat_template": "chat_template.jinja",
-    "generation_config": "generation_config.json",
+# arguments that hold a file → its name; each is an argument, so that its content counts in a stage's identity
+FILES = {
+    META: {"path": "tokenizer.model", "special_tokens_path": "special_tokens.json"},
+    HUGGING_FACE: {
+        "path": "tokenizer.json",
+        "config": "tokenizer_config.json",
+        "chat_template": "chat_template.jinja",
+        "generation_config": "generation_config.json",
+    },
 }
+
+
+def section_in(folder: Path, component: str) -> Component | None:
+    """Return the `tokenizer` section for one kind of files in a folder; None if they are not there."""
+    found = {key: str(folder / name) for key, name in FILES[component].items() if (folder / name).is_file()}
+    return {"_component_": component, **found} if "path" in found else None
 
 
 def tokenizer_in(folder: Path) -> Component | None:
     """Return the `tokenizer` section for the files in a folder, without `max_seq_len`; None if there are none."""
-    if (folder / "tokenizer.json").is_file():
-        beside = {key: str(folder / name) for key, name in BESIDE.items() if (folder / name).is_file()}
-        return {"_component_": HUGGING_FACE, "path": str(folder / "tokenizer.json"), **beside}
-    for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
-        if path.is_file() and _is_tiktoken(path):
-            special = path.parent / "special_tokens.json"  # of a vocabulary that is not Llama 3's
-            own = {"special_tokens_path": str(special)} if special.is_file() else {}
-            return {"_component_": META, "path": str(path), **own}
+    if section := section_in(folder, HUGGING_FACE):
+        return section
+    for place in (folder, folder / "original"):
+        section = section_in(place, META)
+        if section and _is_tiktoken(Path(section["path"])):
+            return section
     return None
 
 

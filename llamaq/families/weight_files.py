@@ -7,6 +7,7 @@ from llamaq.families.config_json import read_json
 from llamaq.families.headers import FLOATS, Entry, read_header
 
 META_WEIGHTS, META_PARAMS = "consolidated.00.pth", "params.json"
+GGUF = "its .gguf file is quantized for llama.cpp; download the original weights"
 # what training leaves beside a model, by the beginning of its name
 NO_WEIGHTS = (
     "adapter",
@@ -40,7 +41,7 @@ def hugging_face_files(folder: Path) -> list[Path]:
 
 def _no_weights(folder: Path) -> str:
     if any(folder.glob("*.gguf")):
-        return "its .gguf file is quantized for llama.cpp; download the original weights"
+        return GGUF
     if (folder / "original" / META_WEIGHTS).is_file():
         return f"give checkpoint_dir={folder / 'original'}, which holds Meta's"
     return "download the weights too"
@@ -93,15 +94,16 @@ def check_distinct(names: dict[Path, list[str]]) -> None:
                 )
 
 
-def check_floats(file: Path, header: Header) -> None:
+def check_floats(headers: dict[Path, Header | None]) -> None:
     """Check that all weights are floating-point numbers of 16 bits or more.
 
     Raises:
         UserError: naming the first that is not.
     """
-    for key, entry in header.items():
-        if entry.dtype not in FLOATS:
-            raise UserError(quantized(file.parent, f"{file.name} has {key} as {entry.dtype.lower()}"))
+    for file, header in headers.items():
+        for key, entry in (header or {}).items():
+            if entry.dtype not in FLOATS:
+                raise UserError(quantized(file.parent, f"{file.name} has {key} as {entry.dtype.lower()}"))
 
 
 def quantized(folder: Path, how: str) -> str:

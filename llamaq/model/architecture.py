@@ -2,36 +2,28 @@
 
 from typing import Any
 
-from torch import nn
-
 from llamaq.families.architecture import DEFAULT, Architecture, Scaling
+from llamaq.model.shape import Shape
 
 
 def architecture_of(decoder: Any) -> Architecture:
     """Return the numbers of a torchtune decoder that is not prepared yet, on any device."""
-    attn, mlp = decoder.layers[0].attn, decoder.layers[0].mlp
-    rope = attn.pos_embeddings
+    shape, rope = Shape.of(decoder), decoder.layers[0].attn.pos_embeddings
     return Architecture(
-        family=_family(attn),
-        vocab_size=decoder.tok_embeddings.num_embeddings,
-        num_layers=len(decoder.layers),
-        num_heads=attn.num_heads,
-        num_kv_heads=attn.num_kv_heads,
-        head_dim=attn.head_dim,
-        embed_dim=attn.embed_dim,
-        intermediate_dim=mlp.w1.out_features,
+        family="qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama",
+        vocab_size=shape.vocab,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        embed_dim=shape.dim,
+        intermediate_dim=shape.hidden,
         max_seq_len=decoder.max_seq_len,
         rope_base=rope.base,
         norm_eps=decoder.norm.eps,
-        tie_word_embeddings=not isinstance(decoder.output, nn.Module),
+        tie_word_embeddings=shape.tied,
         rope_scaling=_scaling(rope),
     )
-
-
-def _family(attn: Any) -> str:
-    if attn.q_norm is not None:
-        return "qwen3"
-    return "qwen2" if attn.q_proj.bias is not None else "llama"
 
 
 def _scaling(rope: Any) -> Scaling:

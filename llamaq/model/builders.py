@@ -31,12 +31,7 @@ from torchtune.modules import (
 )
 
 from llamaq.errors import UserError
-
-SCALINGS = {  # rope_type → what its section of the config holds beside it
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+from llamaq.families.rope import SCALINGS
 
 
 class HalfSplitRoPE(Qwen2RotaryPositionalEmbeddings):
@@ -124,7 +119,6 @@ def llama(
     Raises:
         UserError: a scaling that is not known, or one without its numbers.
     """
-    rope = rope_of(head_dim or embed_dim // num_heads, max_seq_len, rope_base, rope_scaling)
     return _decoder(
         vocab_size=vocab_size,
         num_layers=num_layers,
@@ -135,75 +129,23 @@ def llama(
         intermediate_dim=intermediate_dim,
         attn_dropout=attn_dropout,
         norm_eps=norm_eps,
-        tied=tie_word_embeddings,
-        rope=rope,
+        rope_base=rope_base,
+        head_dim=head_dim,
+        tie_word_embeddings=tie_word_embeddings,
+        rope_scaling=rope_scaling,
     )
 
 
-def qwen2(
-    vocab_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    embed_dim: int,
-    max_seq_len: int,
-    intermediate_dim: int,
-    attn_dropout: float = 0.0,
-    norm_eps: float = 1e-6,
-    rope_base: float = 1_000_000,
-    head_dim: int | None = None,
-    tie_word_embeddings: bool = True,
-    rope_scaling: Mapping[str, Any] | None = None,
-) -> TransformerDecoder:
+def qwen2(*, norm_eps: float = 1e-6, rope_base: float = 1_000_000, **arguments: Any) -> TransformerDecoder:
     """Build a Qwen2 or Qwen2.5: q, k and v have biases. Arguments and errors are those of `llama`."""
-    rope = rope_of(head_dim or embed_dim // num_heads, max_seq_len, rope_base, rope_scaling, halves=True)
-    return _decoder(
-        vocab_size=vocab_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        embed_dim=embed_dim,
-        max_seq_len=max_seq_len,
-        intermediate_dim=intermediate_dim,
-        attn_dropout=attn_dropout,
-        norm_eps=norm_eps,
-        tied=tie_word_embeddings,
-        rope=rope,
-        qkv_bias=True,
-    )
+    return _decoder(norm_eps=norm_eps, rope_base=rope_base, **arguments, halves=True, qkv_bias=True)
 
 
 def qwen3(
-    vocab_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    embed_dim: int,
-    max_seq_len: int,
-    intermediate_dim: int,
-    attn_dropout: float = 0.0,
-    norm_eps: float = 1e-6,
-    rope_base: float = 1_000_000,
-    head_dim: int | None = 128,
-    tie_word_embeddings: bool = True,
-    rope_scaling: Mapping[str, Any] | None = None,
+    *, norm_eps: float = 1e-6, rope_base: float = 1_000_000, head_dim: int | None = 128, **arguments: Any
 ) -> TransformerDecoder:
     """Build a Qwen3: queries and keys are normalized head by head. Arguments and errors are those of `llama`."""
-    rope = rope_of(head_dim or embed_dim // num_heads, max_seq_len, rope_base, rope_scaling, halves=True)
-    return _decoder(
-        vocab_size=vocab_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        embed_dim=embed_dim,
-        max_seq_len=max_seq_len,
-        intermediate_dim=intermediate_dim,
-        attn_dropout=attn_dropout,
-        norm_eps=norm_eps,
-        tied=tie_word_embeddings,
-        rope=rope,
-        qk_norm=True,
-    )
+    return _decoder(norm_eps=norm_eps, rope_base=rope_base, head_dim=head_dim, **arguments, halves=True, qk_norm=True)
 
 
 def rope_of(
@@ -255,15 +197,19 @@ def _decoder(
     embed_dim: int,
     max_seq_len: int,
     intermediate_dim: int,
-    attn_dropout: float,
     norm_eps: float,
-    tied: bool,
-    rope: Any,
+    rope_base: float,
+    attn_dropout: float = 0.0,
+    head_dim: int | None = None,
+    tie_word_embeddings: bool = True,
+    rope_scaling: Mapping[str, Any] | None = None,
+    halves: bool = False,
     qkv_bias: bool = False,
     qk_norm: bool = False,
 ) -> TransformerDecoder:
     """Put torchtune's modules together; RoPE has no weights, and all blocks share it."""
-    head_dim = rope.dim
+    head_dim = head_dim or embed_dim // num_heads
+    rope: Any = rope_of(head_dim, max_seq_len, rope_base, rope_scaling, halves)
 
     def attention() -> MultiHeadAttention:
         norms: dict[str, Any] = {f"{x}_norm": RMSNorm(head_dim, norm_eps) for x in "qk"} if qk_norm else {}
@@ -300,5 +246,5 @@ def _decoder(
         num_heads=num_heads,
         head_dim=head_dim,
         norm=RMSNorm(embed_dim, norm_eps),
-        output=TiedLinear(embedding) if tied else nn.Linear(embed_dim, vocab_size, bias=False),  # pyright: ignore[reportArgumentType]  (a callable)
+        output=TiedLinear(embedding) if tie_word_embeddings else nn.Linear(embed_dim, vocab_size, bias=False),  # pyright: ignore[reportArgumentType]  (a callable)
     )

@@ -32,7 +32,7 @@ from llamaq.model.build import scheme_of
 from llamaq.model.shape import shape_of
 from llamaq.plan.disk import GIB, disk_bytes
 from llamaq.plan.memory import memory_plan, plan_length
-from llamaq.plan.preflight import check_model
+from llamaq.plan.preflight import check_model, other_data
 from llamaq.quant.prepare import prepare as prepare_model
 
 MOST_TOKENS = 256  # of the row that is shown
@@ -67,8 +67,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--row", type=int, default=1, help="of a data file: the sample to show, from 1")
     a = parser.parse_args(words)
     try:
-        lines = of_folder if a.what.is_dir() else of_file
-        for line in lines(a.what.expanduser(), a.config, overrides, a.row):
+        what = a.what.expanduser()
+        folder = what.is_dir()
+        lines = of_folder(what, a.config, overrides) if folder else of_file(what, a.config, overrides, a.row)
+        for line in lines:
             print(line, flush=True)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -79,7 +81,7 @@ def main(argv: list[str]) -> int:
 # --- a model ----------------------------------------------------------------------------------------------------------
 
 
-def of_folder(folder: Path, config: str, overrides: list[str], row: int) -> Iterator[str]:
+def of_folder(folder: Path, config: str, overrides: list[str]) -> Iterator[str]:
     """Yield lines on a checkpoint folder and on what a run from it takes.
 
     Raises:
@@ -100,7 +102,7 @@ def of_folder(folder: Path, config: str, overrides: list[str], row: int) -> Iter
     yield _line("quantized", f"linears int4 in groups of {c.scheme.group_size}, embedding and head int8 rows")
     yield f"What a run of --config {config} takes, at samples of {plan_length(c):,} tokens:"
     yield from map(str, memory_plan(c, plan_length(c)))
-    yield f"{'disk':>10}: about {disk_bytes(shape_of(c.model), c) / GIB:6.2f} GiB"
+    yield _line("disk", f"about {disk_bytes(shape_of(c.model), c) / GIB:6.2f} GiB")
 
 
 def _line(what: str, text: str) -> str:
@@ -171,12 +173,9 @@ def of_file(path: Path, config: str, overrides: list[str], row: int) -> Iterator
 
 def _section_of(path: Path, c: Config) -> tuple[str, Component] | None:
     """Return the section of the config that reads a file, and its name."""
-    stages = {
-        f"{name}.dataset": getattr(c, name).dataset for name in ("qat", "qat_lora", "qat_dpo") if getattr(c, name)
-    }
-    parts = c.spinquant.calibration if c.spinquant else []
-    stages |= {f"spinquant.calibration[{i}].dataset": part.dataset for i, part in enumerate(parts)}
-    for setting, component in (stages | {"evaluate.dataset": c.evaluate.dataset}).items():
+    trained = (name for name in ("qat", "qat_lora", "qat_dpo") if getattr(c, name))
+    datasets = {f"{name}.dataset": getattr(c, name).dataset for name in trained} | other_data(c)
+    for setting, component in datasets.items():
         form = form_of(component, setting)
         try:
             files = local_files(component, form, setting) if form else []

@@ -10,17 +10,9 @@ from omegaconf import OmegaConf
 from llamaq.config import Config, ExportConfig
 from llamaq.config.load import with_overrides
 from llamaq.errors import UserError
+from llamaq.families.tokenizer_files import FILES
 from llamaq.runs.manifest import MANIFEST, read_manifest
 from llamaq.runs.run import Run
-
-# the tokenizer's files, and the names that their copies beside the codes have (llamaq.data.tokenizer.copy_tokenizer)
-KEPT = {
-    "path": ["tokenizer.model", "tokenizer.json"],
-    "special_tokens_path": ["special_tokens.json"],
-    "config": ["tokenizer_config.json"],
-    "chat_template": ["chat_template.jinja"],
-    "generation_config": ["generation_config.json"],
-}
 
 
 class RunReader(Run):
@@ -89,8 +81,9 @@ def recorded_config(folder: Path, stages: list[str] | None, overrides: list[str]
     }
     raw: Any = OmegaConf.create(_found_again(_merged(settings) | here, folder))
     for key, path in (raw.get("tokenizer") or {}).items():
-        if key in KEPT and path and not Path(path).is_file():
-            raw.tokenizer[key] = str(_kept_copy(folder, [*KEPT[key], Path(path).name]) or path)
+        names = [files[key] for files in FILES.values() if key in files]  # that copies beside the codes have
+        if names and path and not Path(path).is_file():
+            raw.tokenizer[key] = str(_kept_copy(folder, [*names, Path(path).name]) or path)
     export, call = raw.get("export") or {}, ExportConfig.max_seq_length
     if "max_seq_length" not in export:  # only the stage `export` reads it; the default has to fit what others recorded
         OmegaConf.update(raw, "export.max_seq_length", min(call, export.get("max_context_length", call)))

@@ -77,7 +77,9 @@ def template_code(form: str) -> str:
 class Llama3Tokenizer(ChatTokenizer):
     """torchtune's `Llama3Tokenizer` with conversations in OpenAI's form. What is not here is torchtune's."""
 
-    def __init__(self, tokenizer: Any, path: str, form: str = "torchtune", date: str = DEFAULT_DATE):
+    def __init__(
+        self, tokenizer: Any, path: str, form: str = "torchtune", date: str = DEFAULT_DATE, prompts: Any = None
+    ):
         """Wrap a tokenizer.
 
         Args:
@@ -85,6 +87,7 @@ class Llama3Tokenizer(ChatTokenizer):
             path: its file.
             form: of the template, `torchtune` or `meta`.
             date: the day that Meta's form names, YYYY-MM-DD.
+            prompts: the config's `prompt_template`, which torchtune made an object of.
 
         Raises:
             UserError: an unknown form, or no date.
@@ -101,7 +104,7 @@ class Llama3Tokenizer(ChatTokenizer):
         special = {text: re.escape(text) for text in self.special_tokens}
         self.template = ChatTemplate(template_code(form), names, special, ends=ENDS, day=date)
         self.template_name = FORMS[form].format(date)
-        parts = (Path(path).read_bytes(), repr(sorted(self.special_tokens.items())), form, date, repr(self._wrap()))
+        parts = (Path(path).read_bytes(), repr(sorted(self.special_tokens.items())), form, date, repr(prompts))
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def __getattr__(self, name: str) -> Any:

@@ -84,11 +84,12 @@ def _publish(folder: Path, source: Source, form: Form, tokenizer: Any, setting: 
     partial.mkdir(parents=True)
     try:
         _write(partial, source, form, tokenizer, setting, *how)
-        with contextlib.suppress(FileExistsError, IsADirectoryError, OSError):
-            partial.rename(folder)  # unless another process was first
+        partial.rename(folder)
+    except OSError:
+        if not (folder / META).is_file():  # unless another process was first
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    assert (folder / META).is_file(), folder
 
 
 def _write(

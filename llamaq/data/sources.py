@@ -73,8 +73,10 @@ def local_files(component: Component, form: Form, setting: str) -> list[Path]:
     source, arguments = _source(component), _arguments(component)
     if not isinstance(source, str):
         raise UserError(f"{setting}.source={source}: say what to read: json, a file, a folder, or a dataset of the Hub")
-    if form.kind == "windows" and not Path(source).is_file():
-        raise UserError(f"{setting}.source={source}: no such file")
+    if form.kind == "windows":
+        if not Path(source).is_file():
+            raise UserError(f"{setting}.source={source}: no such file")
+        return [Path(source)]
     named, split = arguments.get("data_files"), str(arguments.get("split") or "train")
     if Path(source).is_file() and named is None:
         return [Path(source)]
@@ -107,8 +109,9 @@ def _own(files: list[Path], component: Component, setting: str) -> Source:
             near = difflib.get_close_matches(key, ("conversation_column", "column_map", "packed", *OWN_ARGUMENTS), n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(OWN_ARGUMENTS[:3])}"
             raise UserError(f"{setting}.{key}: no argument of a dataset of local files has this name{hint}")
-    identity, size = [_hash_of(file, setting) for file in files], sum(file.stat().st_size for file in files)
-    return Source(setting, ", ".join(map(str, files[:3])), identity, size, "bytes", files, arguments.get("field"))
+    field, size = arguments.get("field"), sum(file.stat().st_size for file in files)
+    identity = [*([field] if field else []), *(_hash_of(file, setting) for file in files)]
+    return Source(setting, ", ".join(map(str, files[:3])), identity, size, "bytes", files, field)
 
 
 def _hash_of(file: Path, setting: str) -> str:

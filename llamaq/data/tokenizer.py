@@ -50,8 +50,9 @@ def build_tokenizer(component: Component, vocab_size: int) -> Any:
         said = " ".join(str(e).split())[:120]
         raise UserError(f"tokenizer.path={component.get('path')}: not a tokenizer of this kind ({said})") from e
     if name == LLAMA3:
-        form, day = ours.get("template", "torchtune"), ours.get("date")
-        tokenizer = Llama3Tokenizer(tokenizer, component["path"], form, **({"date": day} if day else {}))
+        form, day, prompts = ours.get("template", "torchtune"), ours.get("date"), component.get("prompt_template")
+        dated = {"date": day} if day else {}
+        tokenizer = Llama3Tokenizer(tokenizer, component["path"], form, **dated, prompts=prompts)
     elif not hasattr(tokenizer, "fingerprint"):
         raise UserError(f"tokenizer._component_={name}: use {HUGGING_FACE} for a tokenizer.json, or {LLAMA3}")
     _check_ids(tokenizer, vocab_size)

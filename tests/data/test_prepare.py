@@ -119,6 +119,33 @@ def test_other_rows_arguments_or_tokenizers_are_prepared_anew(data, corpus, tmp_
     assert len(found) == 4 == len(list(cache.iterdir()))
 
 
+def test_two_fields_of_one_file_are_two_datasets(tokenizer, tmp_path):
+    (tmp_path / "both.json").write_text(json.dumps({"train": ROWS[1:5], "heldout": ROWS[8:11]}))
+    sizes = []
+    for field in ("train", "heldout"):
+        section = component("chat_dataset", tmp_path / "both.json", field=field)
+        sizes.append(len(build_dataset(section, tokenizer, "x", tmp_path / "cache")))
+    assert sizes == [4, 3]
+
+
+def test_a_folder_that_cannot_be_renamed_is_an_error_unless_another_process_was_first(
+    data, tokenizer, tmp_path, monkeypatch
+):
+    def refuse(self, target):
+        raise PermissionError(13, "Permission denied", str(target))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match="cache"):
+        prepared(data, tokenizer, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_windows_of_a_text_read_the_source_whatever_else_is_said(tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three")
+    section = {"_component_": "llamaq.data.text.text_windows_dataset", "source": str(tmp_path / "text.txt")}
+    assert len(build_dataset(section | {"data_files": "none"}, tokenizer, "x")) == 1
+
+
 def test_a_kill_leaves_nothing_that_looks_whole(data, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "BLOCK_BYTES", 4000)
     cache, encode = tmp_path / "cache", Encoder.block

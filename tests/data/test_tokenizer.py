@@ -86,7 +86,8 @@ def test_tools_are_written_as_llama_does(corpus):
 
 def test_torchtunes_prompt_template_still_stands_around_messages(corpus):
     template = {"user": ["Question: ", " ?"], "assistant": ["", ""]}
-    tokenizer = build_tokenizer(llama3(corpus, prompt_template=template), 600)
+    tokenizer, again = (build_tokenizer(llama3(corpus, prompt_template=template), 600) for _ in range(2))
+    assert tokenizer.fingerprint == again.fingerprint != build_tokenizer(llama3(corpus), 600).fingerprint
     plain = build_tokenizer(llama3(corpus), 600)
     wrapped = [CHAT[0] | {"content": "Question:Who??"}, CHAT[1]]
     assert tokenizer.chat(CHAT) == plain.chat(wrapped) and tokenizer.prompt(CHAT[:1]) == plain.prompt(wrapped[:1])

@@ -21,10 +21,9 @@ from datetime import date
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from llamaq.data.messages import Message
 from llamaq.data.sandbox import CLOSE, OPEN, compile_template
 from llamaq.errors import UserError
-
-Message = dict[str, Any]
 
 HIDDEN = "\ufdd0"
 NO_TEXT = "[\ufdd0-\ufdef\ud800-\udfff]"  # noncharacters, and halves of a character

@@ -18,16 +18,16 @@ from llamaq.data.prepare import PLACES_SHOWN, prepare
 from llamaq.data.prepared import Prepared, open_prepared
 from llamaq.data.sources import local_files
 from llamaq.errors import UserError
+from llamaq.runs.manifest import PREPARED
 from llamaq.runs.ranks import from_rank_zero, say
 from llamaq.runs.tracking import progress
 
 MOST_NAMED = 1000  # skipped rows in a stage's metrics
-FOLDER = "prepared"  # of a run's tokenized datasets, in its output_dir
 
 
 def cache_of(c: Config) -> Path:
     """Return the folder of a run's tokenized datasets."""
-    return Path(c.output_dir) / FOLDER
+    return Path(c.output_dir) / PREPARED
 
 
 def build_dataset(

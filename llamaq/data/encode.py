@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llamaq.data.files import Block, Problem, rows_of
-from llamaq.data.forms import NO_TEXT, Conversation, Form, Skip, read_chat, read_pair, read_text, read_text_pair
+from llamaq.data.forms import NO_TEXT, Form, Skip, read_chat, read_pair, read_text, read_text_pair
 from llamaq.data.messages import Message
 from llamaq.errors import UserError
 
@@ -83,9 +83,9 @@ class Encoder:
     # --- by form -----------------------------------------------------------------------------------------------------
 
     def _chat(self, row: Any, notes: list[str]) -> tuple[list[tuple[Marked, ...]], bool]:
-        conversation = read_chat(row, self.form, notes)
-        self._note_template(conversation.messages, notes)
-        marked, cut = self._conversation(conversation.messages, conversation.tools)
+        messages, tools = read_chat(row, self.form, notes)
+        self._note_template(messages, notes)
+        marked, cut = self._conversation(messages, tools)
         return [(marked,)], cut
 
     def _pair(self, row: Any, notes: list[str]) -> tuple[list[tuple[Marked, ...]], bool]:
@@ -95,7 +95,7 @@ class Encoder:
         return [_differing(chosen, rejected)], cut or cut_too
 
     def _text(self, row: Any, notes: list[str]) -> tuple[list[tuple[Marked, ...]], bool]:
-        text = read_text(row, self.form, notes)
+        text = read_text(row, self.form)
         if self._template_text(text):
             notes.append(TEMPLATE_TEXT)
         tokens = self.tokenizer.encode(text, add_bos=True, add_eos=self.form.add_eos)
@@ -110,7 +110,7 @@ class Encoder:
         return [(_marked(tokens[i : i + length]),) for i in range(0, len(tokens) - 1, length)], False
 
     def _text_pair(self, row: Any, notes: list[str]) -> tuple[list[tuple[Marked, ...]], bool]:
-        prompt, *answers = read_text_pair(row, self.form, notes)
+        prompt, *answers = read_text_pair(row, self.form)
         before = self.tokenizer.encode(prompt, add_bos=True, add_eos=False)
         both = [self.tokenizer.encode(a, add_bos=False, add_eos=False) for a in answers]
         cut = self.length is not None and len(before) + max(map(len, both)) > self.length
@@ -127,15 +127,16 @@ class Encoder:
         Raises:
             Skip: nothing is left to learn.
         """
-        tokens, learn = tokenize_chat(self.tokenizer, Conversation(messages, tools), self.form)
+        tokens, learn = self.tokenizer.chat(messages, tools)
+        if self.form.train_on_input:
+            learn = _whole_input(tokens, learn, self.tokenizer.bos_id)
         if not any(learn[1:]):
             raise Skip(NOT_LEARNED)
         if self.length is None or len(tokens) <= self.length:
             return _marked(tokens, learn), False
         cut = any(learn[self.length - 1 :])
         marked = _marked(tokens[: self.length], learn[: self.length])
-        if self.tokenizer.eos_id is not None:
-            marked[-1] = ~self.tokenizer.eos_id
+        marked[-1] = ~self.tokenizer.eos_id
         _check_room(marked)
         return marked, cut
 
@@ -150,8 +151,7 @@ class Encoder:
 
     @cached_property
     def _markers(self) -> re.Pattern[str]:
-        special = getattr(self.tokenizer, "special_tokens", {})
-        return re.compile("|".join(re.escape(t) for t in {*special, *_OF_TEMPLATES}))
+        return re.compile("|".join(re.escape(t) for t in {*self.tokenizer.special_tokens, *_OF_TEMPLATES}))
 
 
 def _marked(tokens: list[int], learn: list[bool] | None = None) -> Marked:
@@ -171,28 +171,7 @@ def _differing(chosen: Marked, rejected: Marked) -> tuple[Marked, Marked]:
     return chosen, rejected
 
 
-# --- the chat template -----------------------------------------------------------------------------------------------
-
-
-def tokenize_chat(tokenizer: Any, conversation: Conversation, form: Form) -> tuple[list[int], list[bool]]:
-    """Return a conversation's tokens, uncut, and which of them are learned.
-
-    Raises:
-        Problem: the template cannot render it.
-    """
-    try:
-        tokens, learn = tokenizer.chat(conversation.messages, conversation.tools)
-    except UserError as e:
-        raise Problem(f": {e}") from e
-    return (tokens, _whole_input(tokens, learn, tokenizer.bos_id)) if form.train_on_input else (tokens, learn)
-
-
 def _whole_input(tokens: list[int], learn: list[bool], bos_id: int | None) -> list[bool]:
     """Return marks that also learn the input: all up to the last token that is learned, but for what begins a text."""
     last = max((i for i, learned in enumerate(learn) if learned), default=-1)
     return [i <= last and not (i == 0 and token == bos_id) for i, token in enumerate(tokens)]
-
-
-def fingerprint_of(tokenizer: Any) -> str:
-    """Return a hash of all that decides a tokenizer's samples, its `max_seq_len` included."""
-    return f"{tokenizer.fingerprint} {tokenizer.max_seq_len}"

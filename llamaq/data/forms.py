@@ -74,11 +74,6 @@ class Form:
     def is_pairs(self) -> bool:
         return self.kind in ("pairs", "text_pairs")
 
-    @property
-    def is_chat(self) -> bool:
-        """Return whether rows go through the chat template."""
-        return self.kind in ("chat", "instruct", "alpaca", "pairs")
-
     def column(self, name: str) -> str:
         return self.columns.get(name, name)
 
@@ -118,16 +113,8 @@ def form_of(component: Component, setting: str) -> Form | None:
 # --- conversations ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Conversation:
-    """Messages in OpenAI's form, and the tools that the assistant may call."""
-
-    messages: list[Message]
-    tools: list[Any] | None = None
-
-
-def read_chat(row: Row, form: Form, notes: list[str]) -> Conversation:
-    """Return the conversation of a row.
+def read_chat(row: Row, form: Form, notes: list[str]) -> tuple[list[Message], list[Any] | None]:
+    """Return a row's messages in OpenAI's form, and the tools that the assistant may call.
 
     Raises:
         Problem: something in it is wrong.
@@ -136,15 +123,20 @@ def read_chat(row: Row, form: Form, notes: list[str]) -> Conversation:
     read = {"chat": _chat, "instruct": _instruct, "alpaca": _alpaca}[form.kind]
     messages, used = read(row, form, notes)
     tools = read_tools(row.get("tools"))
-    if isinstance(row.get("system"), str) and form.new_system_prompt is None and "system" not in used:
-        messages = with_system(messages, row["system"])
-    messages = with_system(messages, form.new_system_prompt, replace=True)
-    _note_unused(row, (*used, "tools", "system"), notes)
+    messages = _with_system_of({k: v for k, v in row.items() if k not in used}, form, messages)
+    _note_unused(row, used, notes)
     check_order(messages)
     check_answers(messages)
     if messages[-1]["role"] != "assistant":
         notes.append("end with a turn of the user or a tool, which teaches nothing")
-    return Conversation(messages, tools)
+    return messages, tools
+
+
+def _with_system_of(row: Row, form: Form, messages: list[Message]) -> list[Message]:
+    """Put the config's system prompt in front, or else that of the row's column."""
+    if form.new_system_prompt is not None:
+        return with_system(messages, form.new_system_prompt, replace=True)
+    return with_system(messages, row["system"]) if isinstance(row.get("system"), str) else messages
 
 
 def check_answers(messages: list[Message]) -> None:
@@ -280,9 +272,7 @@ def read_pair(row: Row, form: Form, notes: list[str]) -> Pair:
             raise Problem(_missing(row, name))
     check_scores(row)
     sides = [_with_prompt(row, prompt, name, notes) for name in names]
-    if isinstance(row.get("system"), str) and form.new_system_prompt is None:
-        sides = [with_system(side, row["system"]) for side in sides]
-    sides = [with_system(side, form.new_system_prompt, replace=True) for side in sides]
+    sides = [_with_system_of(row, form, side) for side in sides]
     for name, side in zip(names, sides, strict=True):
         try:
             check_order(side)
@@ -290,7 +280,7 @@ def read_pair(row: Row, form: Form, notes: list[str]) -> Pair:
             raise Problem(f": '{name}'{str(e).replace(':', ',', 1)}") from None
         if side and side[-1]["role"] != "assistant":
             raise Problem(f": '{name}' does not end with an answer of the assistant")
-    _note_unused(row, (*names, prompt, "tools", "system"), notes)
+    _note_unused(row, (*names, prompt), notes)
     for side in sides:
         check_answers(side)
     _check_same_prompt(*sides)
@@ -355,7 +345,7 @@ def _score(value: Any) -> float | None:
 # --- plain text ------------------------------------------------------------------------------------------------------
 
 
-def read_text(row: Row, form: Form, notes: list[str]) -> str:
+def read_text(row: Row, form: Form) -> str:
     """Return the text of a row.
 
     Raises:
@@ -368,7 +358,7 @@ def read_text(row: Row, form: Form, notes: list[str]) -> str:
     return text
 
 
-def read_text_pair(row: Row, form: Form, notes: list[str]) -> tuple[str, str, str]:
+def read_text_pair(row: Row, form: Form) -> tuple[str, str, str]:
     """Return prompt, chosen and rejected answer, plain texts.
 
     Raises:

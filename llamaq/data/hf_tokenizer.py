@@ -123,11 +123,6 @@ class HFTokenizer(ChatTokenizer):
         elif self.template.uses_date:
             self.template_name += f", with the date {day}"
 
-    @property
-    def vocab_size(self) -> int:
-        """Return the number of ids."""
-        return self.base_vocab_size
-
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Return the ids of a text. Special tokens in it are text.
 

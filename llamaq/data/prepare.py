@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llamaq.config.components import Component
-from llamaq.data.encode import NO_ROOM, PROBLEMS_SHOWN, Encoded, Encoder, fingerprint_of
+from llamaq.data.encode import NO_ROOM, PROBLEMS_SHOWN, Encoded, Encoder
 from llamaq.data.forms import Form
 from llamaq.data.prepared import META, Prepared, pack
 from llamaq.data.sources import Source, source_of
@@ -59,15 +59,16 @@ def prepare(
     if form.packed and not tokenizer.max_seq_len:
         raise UserError(f"{setting}.packed=true needs tokenizer.max_seq_len, the length of a packed sample; set it")
     source = source_of(component, form, setting)
-    made_of = [VERSION, asdict(form), fingerprint_of(tokenizer), source.identity, limit]
     if cache is None:
         with tempfile.TemporaryDirectory(prefix="llamaq-") as folder:  # what is mapped stays after the name is gone
-            _write(Path(folder), source, form, tokenizer, setting, limit, workers)
+            _write(Path(folder), source, form, tokenizer, limit, workers)
             return Prepared(Path(folder))
+    decides_ids = f"{tokenizer.fingerprint} {tokenizer.max_seq_len}"
+    made_of = [VERSION, asdict(form), decides_ids, source.identity, limit]
     folder = cache / sha256_json(made_of)[:16]
     if not (folder / META).is_file():
         with naming_unusable_folder(str(cache)), naming_full_disk(str(folder)):
-            _publish(folder, source, form, tokenizer, setting, limit, workers)
+            _publish(folder, source, form, tokenizer, limit, workers)
     return Prepared(folder)
 
 
@@ -78,12 +79,12 @@ def keep_only(cache: Path, folders: set[str]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _publish(folder: Path, source: Source, form: Form, tokenizer: Any, setting: str, *how: int | None) -> None:
+def _publish(folder: Path, source: Source, form: Form, tokenizer: Any, *how: int | None) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(partial, source, form, tokenizer, setting, *how)
+        _write(partial, source, form, tokenizer, *how)
         partial.rename(folder)
     except OSError:
         if not (folder / META).is_file():  # unless another process was first
@@ -92,15 +93,7 @@ def _publish(folder: Path, source: Source, form: Form, tokenizer: Any, setting: 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(
-    folder: Path,
-    source: Source,
-    form: Form,
-    tokenizer: Any,
-    setting: str,
-    limit: int | None = None,
-    workers: int | None = None,
-) -> None:
+def _write(folder: Path, source: Source, form: Form, tokenizer: Any, limit: int | None, workers: int | None) -> None:
     """Read, check and tokenize every row, and write the arrays into the folder."""
     if workers is None:
         small = source.size <= (IN_ONE_PROCESS if source.unit == "bytes" else IN_ONE_PROCESS // 1000)
@@ -108,25 +101,25 @@ def _write(
     with (folder / "values.bin").open("wb") as values:
         found = _Found(form, values, tokenizer.max_seq_len or 0)
         blocks = in_order(Encoder(form, tokenizer).block, source.blocks(), workers)
-        with contextlib.closing(blocks) as encoded, _bar(source, setting) as show:
+        with contextlib.closing(blocks) as encoded, _bar(source) as show:
             for done in encoded:
                 found.add(done)
                 show(found)
                 if limit is not None and found.enough(limit):
                     break
-    found.check(source, setting)
+    found.check(source)
     found.save(folder)
 
 
 @contextlib.contextmanager
-def _bar(source: Source, setting: str) -> Iterator[Callable[["_Found"], Any]]:
+def _bar(source: Source) -> Iterator[Callable[["_Found"], Any]]:
     """Show a progress bar, unless the data takes no time; yield what moves it on."""
     in_bytes = source.unit == "bytes"
     if in_bytes and source.size <= IN_ONE_PROCESS:
         yield lambda found: None
         return
     total = -(-source.size // MIB) if in_bytes else source.size
-    with progress((), f"tokenizing {setting}", total or None, unit="MiB" if in_bytes else "row") as bar:
+    with progress((), f"tokenizing {source.setting}", total or None, unit="MiB" if in_bytes else "row") as bar:
         yield lambda found: bar.update((found.read // MIB if in_bytes else found.num_rows) - bar.n)
 
 
@@ -171,17 +164,17 @@ class _Found:
         """Tell whether there are so many samples; a packed one holds no more than its length."""
         return self.tokens >= limit * self.length if self.form.packed else self.num_samples >= limit
 
-    def check(self, source: Source, setting: str) -> None:
+    def check(self, source: Source) -> None:
         """Check that no row was wrong, and that some teach something."""
         if self.problems:
-            raise UserError(f"{setting}: {said_of(self.shown[:PROBLEMS_SHOWN], self.problems)}")
+            raise UserError(f"{source.setting}: {said_of(self.shown[:PROBLEMS_SHOWN], self.problems)}")
         if not self.num_rows:
-            raise UserError(f"{setting}: the dataset is empty ({source.name})")
+            raise UserError(f"{source.setting}: the dataset is empty ({source.name})")
         if not self.num_samples:
             reasons = "; ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
             hint = "; raise tokenizer.max_seq_len or shorten the prompts" if NO_ROOM in self.reasons else ""
             none = f"none of {self.num_rows} rows in {source.name} teaches anything"
-            raise UserError(f"{setting}: {none}: {reasons}{hint}")
+            raise UserError(f"{source.setting}: {none}: {reasons}{hint}")
 
     def save(self, folder: Path) -> None:
         """Write all but the tokens, which are written already, and last the counts."""

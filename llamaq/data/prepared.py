@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX as IGNORE
+
+from llamaq.data.batches import IGNORE
 
 META = "meta.json"
 PATIENCE_SECONDS = 60.0
@@ -105,14 +106,8 @@ class Packs(Sequence):
         return {k: torch.from_numpy(v) for k, v in packed.items()}
 
 
-class Pairs(Sequence):
+class Pairs(Samples):
     """Preference pairs, with torchtune's keys, each with its `index`."""
-
-    def __init__(self, prepared: Prepared):
-        self.prepared = prepared
-
-    def __len__(self) -> int:
-        return len(self.prepared.rows)
 
     def __getitem__(self, index: int) -> Sample:
         index, pair = _within(index, len(self)), {}

@@ -32,7 +32,7 @@ from llamaq.model.build import scheme_of
 from llamaq.model.shape import shape_of
 from llamaq.plan.disk import GIB, disk_bytes
 from llamaq.plan.memory import memory_plan, plan_length
-from llamaq.plan.preflight import check_model, other_data
+from llamaq.plan.preflight import TRAINING_STAGES, check_model, other_data
 from llamaq.quant.prepare import prepare as prepare_model
 
 MOST_TOKENS = 256  # of the row that is shown
@@ -173,7 +173,7 @@ def of_file(path: Path, config: str, overrides: list[str], row: int) -> Iterator
 
 def _section_of(path: Path, c: Config) -> tuple[str, Component] | None:
     """Return the section of the config that reads a file, and its name."""
-    trained = (name for name in ("qat", "qat_lora", "qat_dpo") if getattr(c, name))
+    trained = (name for name in TRAINING_STAGES if getattr(c, name))
     datasets = {f"{name}.dataset": getattr(c, name).dataset for name in trained} | other_data(c)
     for setting, component in datasets.items():
         form = form_of(component, setting)
@@ -206,9 +206,10 @@ def _lengths(prepared: Prepared) -> str:
 
 def _sequences(prepared: Prepared, sample: int) -> list[tuple[str, int]]:
     """Return title and index of what a sample is made of: a pair has two sequences."""
+    row = f"row {prepared.rows[sample] + 1}"  # rows that teach nothing are no samples
     if not prepared.meta["pairs"]:
-        return [(f"sample {sample + 1}", sample)]
-    return [(f"pair {sample + 1}, {side}", 2 * sample + i) for i, side in enumerate(("chosen", "rejected"))]
+        return [(f"sample {sample + 1} ({row})", sample)]
+    return [(f"pair {sample + 1}, {side} ({row})", 2 * sample + i) for i, side in enumerate(("chosen", "rejected"))]
 
 
 def _tokens(tokens: Any, labels: Any, tokenizer: Any) -> Iterator[str]:

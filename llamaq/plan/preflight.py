@@ -18,7 +18,7 @@ from llamaq.data.prepare import keep_only
 from llamaq.data.tokenizer import build_tokenizer, prompt_tokens, tokenizer_of
 from llamaq.errors import UserError
 from llamaq.model.build import meta_decoder, pick_device, scheme_of
-from llamaq.model.shape import Shape, shape_of
+from llamaq.model.shape import Shape
 from llamaq.plan.memory import plan_length, state_plan
 from llamaq.quant.prepare import prepare
 from llamaq.runs.ranks import from_rank_zero, world_size
@@ -43,7 +43,7 @@ def preflight(c: Config) -> str:
     check_lengths(c, decoder)
     prepare(decoder, scheme_of(c))
     model_params(decoder)
-    tokenizer = build_tokenizer(c.tokenizer, shape_of(c.model).vocab)
+    tokenizer = build_tokenizer(c.tokenizer, Shape.of(decoder).vocab)
     check_prompt(c, tokenizer)
     check_adapters(c)
     stages = [name for name in TRAINING_STAGES if getattr(c, name) is not None]

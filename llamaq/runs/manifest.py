@@ -19,6 +19,7 @@ from llamaq.runs.files import sha256_file, sha256_json
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"  # in an unfinished stage's folder: the identity it was begun with
+PREPARED = "prepared"  # in a run: tokenized datasets, which can be made again
 CHECKPOINTS = "checkpoints"  # in an unfinished stage's folder: what it resumes from
 PACKAGES = ("llamaq", "torch", "torchao", "torchtune", "executorch", "wandb", "ray", "deepspeed")
 MOST_CHANGES_NAMED = 5

@@ -35,6 +35,7 @@ from llamaq.runs.files import (
 from llamaq.runs.manifest import (
     CHECKPOINTS,
     MANIFEST,
+    PREPARED,
     STARTED,
     content_hash,
     identity_of,
@@ -47,8 +48,7 @@ from llamaq.runs.manifest import (
 from llamaq.runs.ranks import from_rank_zero, say
 from llamaq.runs.tracking import METRICS, Tracker
 
-# in its folder before anything is made; `prepared` holds tokenized datasets, which can be made again
-OF_EVERY_RUN = (".lock", "run.json", "run.json.tmp", "prepared")
+OF_EVERY_RUN = (".lock", "run.json", "run.json.tmp", PREPARED)  # in its folder before any stage has made something
 Build = Callable[[Path], "dict[str, Any] | None"]
 
 

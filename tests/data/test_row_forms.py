@@ -14,7 +14,6 @@ from llamaq.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "30 days."}
 HUMAN, GPT = {"from": "human", "value": "How many?"}, {"from": "gpt", "value": "30 days."}
-HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +52,9 @@ def text(tokenizer, ids):
 
 
 def learned(tokenizer, sample, side=""):
-    """The text that is learned, without the assistant's header."""
+    """The text that is learned."""
     labels = sample[f"{side}labels"]
-    return text(tokenizer, labels[labels != IGNORE]).replace(HEADER, "")
+    return text(tokenizer, labels[labels != IGNORE])
 
 
 # --- as torchtune ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# all tests except those that need a GPU: also the chain end to end, kills and resumes, real Ray and DeepSpeed
+# also the marked suites, except gpu, arm and long: the chain end to end, kills and resumes, Ray, DeepSpeed, a real model
 test-all: test
 	$(BIN)/python -m pytest -m 'slow and not cluster' -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m cluster

@@ -119,7 +119,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, Options]:
     words, settings = split_settings(argv)
     arguments = parser.parse_args(words)
     if arguments.recipe == "chat":
-        raise UserError("chat needs a terminal, which a job has not; where output_dir can be read: tune run chat …")
+        raise UserError(
+            "chat needs a terminal, which a job has not got; use `tune run chat …` where output_dir can be read"
+        )
     config = load(arguments.config, settings)
     options = parse_options(arguments, config)
     options.check(config)

@@ -3,7 +3,7 @@
     tune run qat --config llama3_2/1B_qat_lora_dpo [key=value …]
     tune run --nproc_per_node 2 qat --config …
 
-Blocks train as int4 groups with int8 activations, the embedding and the tied head as int8 rows. The stage saves the
+Blocks train as int4 groups with int8 activations, the embedding and the head as int8 rows. The stage saves the
 latent float weights (`qat/model.safetensors`). If the config says how to make what the run starts from (`corpus`,
 `base`), the recipe makes that first.
 """

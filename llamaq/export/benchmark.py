@@ -182,7 +182,9 @@ def push_to_phone(a: argparse.Namespace) -> list[str]:
     A file is not pushed if the phone has one of this name with the same SHA-256.
     """
     if not a.runner or not a.tokenizer:
-        sys.exit("--adb needs --runner (llama_main built for Android) and --tokenizer (Meta's tokenizer.model)")
+        sys.exit(
+            "--adb needs --runner (llama_main built for Android) and --tokenizer (tokenizer.model or tokenizer.json)"
+        )
     adb = ["adb", *(["-s", a.adb] if a.adb != "auto" else [])]
     run_command([*adb, "shell", f"mkdir -p {PHONE}"])
     files = [(a.runner, "llama_main"), (a.tokenizer, "tokenizer"), *((m, name_on_phone(m)) for m in a.models)]
@@ -389,7 +391,7 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for all single measurements")
     parser.add_argument("--adb", nargs="?", const="auto", help="measure on a phone; SERIAL if there are several")
     parser.add_argument("--runner", type=Path, help="llama_main built for Android (docs/export.md)")
-    parser.add_argument("--tokenizer", type=Path, help="Meta's tokenizer.model, for a phone")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model or tokenizer.json, for a phone")
     a = parser.parse_args()
     if missing := [m for m in a.models if not m.is_file()]:
         sys.exit(f"{missing[0]}: no such file")

@@ -196,7 +196,7 @@ def howto(tokenizer: Any, tokenizer_files: list[str], settings: dict[str, Any], 
     """Say which app takes which file."""
     stops = ", ".join(map(str, settings["eos_token_id"]))
     file = tokenizer_files[0] if tokenizer_files else "the tokenizer"
-    # a template may open even plain text; which it does not, the tokenizer does
+    # a chat template writes the opening token itself; in front of plain text the tokenizer puts it
     prompt = (
         tokenizer.render([{"role": "user", "content": "…"}], opened=True) if chat else opening_text(tokenizer) + "…"
     )

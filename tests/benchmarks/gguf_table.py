@@ -26,6 +26,7 @@ from llamaq.checkpoints.meta import PARAMS, WEIGHTS, feed_forward_width, model_p
 from llamaq.checkpoints.quantized import rotation_block, save_quantized
 from llamaq.errors import UserError
 from llamaq.export.exporter import load_eager
+from llamaq.families import describe
 from llamaq.model.build import build_model, meta_decoder
 from llamaq.model.compare import agreement
 from llamaq.quant.scheme import Scheme
@@ -67,29 +68,17 @@ def main() -> None:
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def component_of(start: Path) -> dict[str, Any]:
-    """Return torchtune's builder for a Hugging Face folder of Llama's form."""
-    c = json.loads((start / "config.json").read_text())
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    return {
-        "_component_": "torchtune.models.llama3_2.llama3_2",
-        "vocab_size": c["vocab_size"],
-        "num_layers": c["num_hidden_layers"],
-        "num_heads": c["num_attention_heads"],
-        "num_kv_heads": c["num_key_value_heads"],
-        "embed_dim": c["hidden_size"],
-        "intermediate_dim": c["intermediate_size"],
-        "max_seq_len": 2048,
-        "norm_eps": c["rms_norm_eps"],
-        "rope_base": rope.get("rope_theta") or c["rope_theta"],
-        "scale_factor": rope.get("factor", 1),
-    }
+def described(start: Path) -> dict[str, Any]:
+    """Return the `model` section of a Hugging Face folder, with positions enough for the texts here."""
+    model = describe(start).model
+    assert model is not None, start
+    return model | {"max_seq_len": 2048}
 
 
 def rounded_to_nearest(start: Path, folder: Path) -> Path:
     """Write the codes of the model rounded to nearest (PTQ), and return the folder."""
     if not (folder / WEIGHTS).is_file():
-        component = component_of(start)
+        component = described(start)
         weights = load_checkpoint(start, meta_decoder(component))
         model = build_model(component, weights, Scheme(), frozen=True)
         save_quantized(folder, model.decoder, Scheme())
@@ -238,7 +227,7 @@ def write_gguf(path: Path, codes: Path, head: str) -> Path:
 def write_own(path: Path, start: Path) -> Path:
     """Write what llama.cpp's own rule makes of the float weights: Q4_0 blocks, the embedding as Q8_0."""
     gguf: Any = importlib.import_module("gguf")
-    component = component_of(start)
+    component = described(start)
     decoder = meta_decoder(component)
     from torchtune.models.convert_weights import tune_to_meta
 
@@ -308,7 +297,7 @@ def logits_table(start: Path, codes: Path, folder: Path, tokens: list[int]) -> s
     files["llama.cpp: Q4_0 and Q8_0 by its own rule"] = write_own(folder / "own.gguf", start)
     for name, path in files.items():
         forms[name], sizes[name] = llama_cpp_logits(path, tokens), path.stat().st_size
-    component = component_of(start)
+    component = described(start)
     weights = load_checkpoint(start, meta_decoder(component))
     model = build_model(component, weights, None)
     save_float(folder / "start", dict(model.decoder.state_dict()), model_params(model.decoder))

@@ -16,8 +16,8 @@
 
 NAME is bf16 (what the run starts from), ptq (the same, rounded to nearest), control and ptq_control (trained alike
 without quantization, and rounded afterwards), qat, qat_lora, final or spinquant. Stages that are up to date are kept,
-so asking for more costs only what is new. Without --config, what the run measured last is measured again. One file alone
-is measured without a run: its numbers are printed, and with output_dir=FOLDER they go to evaluation.json there.
+so asking for more costs only what is new. Without --config, what the run measured last is measured again. One file
+alone is measured without a run: its numbers are printed, and with output_dir=FOLDER they go to evaluation.json there.
 """
 
 import os

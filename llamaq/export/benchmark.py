@@ -182,9 +182,7 @@ def push_to_phone(a: argparse.Namespace) -> list[str]:
     A file is not pushed if the phone has one of this name with the same SHA-256.
     """
     if not a.runner or not a.tokenizer:
-        sys.exit(
-            "--adb needs --runner (llama_main built for Android) and --tokenizer (tokenizer.model or tokenizer.json)"
-        )
+        sys.exit("--adb needs --runner (llama_main for Android) and --tokenizer (tokenizer.model or tokenizer.json)")
     adb = ["adb", *(["-s", a.adb] if a.adb != "auto" else [])]
     run_command([*adb, "shell", f"mkdir -p {PHONE}"])
     files = [(a.runner, "llama_main"), (a.tokenizer, "tokenizer"), *((m, name_on_phone(m)) for m in a.models)]

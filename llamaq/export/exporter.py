@@ -23,9 +23,9 @@ from llamaq.export.patches import (
     as_trained,
     errors_of_writing,
     hadamard_operator,
-    light_tracing,
     true_lengths,
 )
+from llamaq.export.tracing import quick_tracing
 from llamaq.quiet import quiet
 from llamaq.runs.files import naming_full_disk
 from llamaq.runs.ticker import ticker
@@ -193,7 +193,7 @@ def export_pte(
         naming_full_disk(str(output)),
         quiet() as printed,
         as_trained(checkpoint),
-        light_tracing(),
+        quick_tracing(),
         true_lengths(),
         adapters_as_methods(),
         errors_of_writing(),

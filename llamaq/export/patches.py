@@ -5,7 +5,6 @@ Written against executorch 1.4.1. A newer version may make a patch unnecessary: 
 
 import contextlib
 import copy
-import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,17 @@ def hadamard_operator() -> Any:
     with quiet():
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
     return torch.ops.llama.fast_hadamard_transform
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+    """Let a class or module have another attribute while the context is open."""
+    old = vars(owner)[name]
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
 
 
 @contextlib.contextmanager
@@ -70,11 +80,8 @@ def adapters_beside_biases() -> Iterator[None]:
                 del linear.bias
                 linear.register_buffer("bias", bias)
 
-    lora._replace_linear_8da4w_for_lora = replace
-    try:
+    with replaced(lora, "_replace_linear_8da4w_for_lora", replace):
         yield
-    finally:
-        lora._replace_linear_8da4w_for_lora = theirs
 
 
 @contextlib.contextmanager
@@ -85,7 +92,6 @@ def online_blocks(checkpoint: Path) -> Iterator[None]:
     params = json.loads((checkpoint / PARAMS).read_text())
     hidden, block = _online(params, str(checkpoint))
     name = "inject_fast_hadamard_transform_native_for_spin_quant"
-    theirs = getattr(spin_quant, name)
 
     class InBlocks(nn.Module):
         def __init__(self, feed_forward: Any):
@@ -103,31 +109,9 @@ def online_blocks(checkpoint: Path) -> Iterator[None]:
 
     if block:
         hadamard_operator()  # registers it: a KV cache's operators, which would too, are not in every model
-    if block and block != hidden:
-        setattr(spin_quant, name, inject)
-    try:
+    in_blocks = block and block != hidden
+    with replaced(spin_quant, name, inject) if in_blocks else contextlib.nullcontext():
         yield
-    finally:
-        setattr(spin_quant, name, theirs)
-
-
-@contextlib.contextmanager
-def light_tracing() -> Iterator[None]:
-    """Save a fifth of the exporter's time, spent on copies and garbage collection; the file stays the same.
-
-    Each of some 25,000 times that a node is traced again, torch.fx deep-copies the history of the node it came from.
-    Nobody changes that history, so it may be shared.
-    """
-    from torch.fx.traceback import NodeSource
-
-    threshold = gc.get_threshold()
-    NodeSource.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]
-    gc.set_threshold(100_000, *threshold[1:])
-    try:
-        yield
-    finally:
-        del NodeSource.__deepcopy__  # pyright: ignore[reportAttributeAccessIssue]
-        gc.set_threshold(*threshold)
 
 
 @contextlib.contextmanager
@@ -146,11 +130,8 @@ def true_lengths() -> Iterator[None]:
         if self.enable_dynamic_shape:
             self.metadata["get_max_seq_len"] = self.max_seq_len - 1
 
-    LLMEdgeManager.__init__ = with_true_length
-    try:
+    with replaced(LLMEdgeManager, "__init__", with_true_length):
         yield
-    finally:
-        LLMEdgeManager.__init__ = init
 
 
 @contextlib.contextmanager
@@ -170,11 +151,8 @@ def adapters_as_methods() -> Iterator[None]:
             config.base.checkpoint, config.base.lora_config = config.base.lora_config.adapter_checkpoint, None
         return prepare(config)
 
-    export_llama_lib._prepare_for_llama_export = prepare_method
-    try:
+    with replaced(export_llama_lib, "_prepare_for_llama_export", prepare_method):
         yield
-    finally:
-        export_llama_lib._prepare_for_llama_export = prepare
 
 
 @contextlib.contextmanager
@@ -184,8 +162,6 @@ def errors_of_writing() -> Iterator[None]:
     The exporter only logs it, so a full disk would show as a file that cannot be loaded.
     """
     from executorch.extension.llm.export import builder
-
-    theirs = builder.save_pte_program
 
     def save(program: Any, name: str, folder: str = "") -> str:
         path = Path(name if name.endswith(".pte") else Path(folder) / f"{name}.pte")
@@ -198,8 +174,5 @@ def errors_of_writing() -> Iterator[None]:
             raise
         return str(path)
 
-    builder.save_pte_program = save
-    try:
+    with replaced(builder, "save_pte_program", save):
         yield
-    finally:
-        builder.save_pte_program = theirs

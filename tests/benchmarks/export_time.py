@@ -1,10 +1,10 @@
 """Measure the CPU seconds of an export of the tiny model, by llamaq and by ExecuTorch's own command in turns.
 
-    python tests/benchmarks/export_time.py [--rounds 2]
+    python tests/benchmarks/export_time.py [--rounds 2] [--layers 30]
 
 Both write the same graph; llamaq's file differs in one constant (`get_max_seq_len`, see `patches.true_lengths`). llamaq
-is faster because it makes fewer copies while it traces (`patches.light_tracing`). The times include starting Python and
-importing.
+is faster because it spares the tracing of what is known (`llamaq/export/tracing.py`). The times include starting Python
+and importing. They depend on the number of layers, hardly on their width.
 """
 
 import argparse
@@ -40,6 +40,7 @@ def main() -> None:
     """Print the times of both and their ratio; with `--ours`, export by llamaq for the process that measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--layers", type=int, help="layers of the model instead of tiny's")
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.ours:
@@ -47,7 +48,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = build_model(load("tiny", [f"output_dir={folder}/run"]).model, None, Scheme(), (16, 32.0), frozen=True)
+        settings = [f"output_dir={folder}/run", *([f"model.num_layers={a.layers}"] if a.layers else [])]
+        model = build_model(load("tiny", settings).model, None, Scheme(), (16, 32.0), frozen=True)
         save_quantized(folder / "model", model.decoder, Scheme())
         theirs = executorch_arguments(folder / "model", folder / "theirs", OPTIONS, METADATA)
         commands = {

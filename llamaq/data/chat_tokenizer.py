@@ -35,6 +35,10 @@ class ChatTokenizer:
     def _encode_text(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
         raise NotImplementedError
 
+    def _wrapped(self, messages: list[Message]) -> list[Message]:
+        """Return the messages as the template shall see them."""
+        return messages
+
     def chat(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[list[int], list[bool]]:
         """Return the ids of a whole conversation, and for each whether it is learned. Nothing is cut off.
 
@@ -48,18 +52,18 @@ class ChatTokenizer:
         Raises:
             UserError: there is no template, or it cannot render the messages.
         """
-        rendered = self._need_template().render(messages, tools)
+        rendered = self._need_template().render(self._wrapped(messages), tools)
         tokens, learn = rendered.tokens(self.special_tokens, self._encode_text)
         return [*tokens, *self._closing], [*learn, *(False for _ in self._closing)]
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """Return the ids of a conversation with the header of an assistant's turn at its end; see `chat`."""
-        rendered = self._need_template().render(messages, tools, opened=True)
+        rendered = self._need_template().render(self._wrapped(messages), tools, opened=True)
         return rendered.tokens(self.special_tokens, self._encode_text)[0]
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, opened: bool = False) -> str:
         """Return a conversation as text, in which special tokens are written out."""
-        return self._need_template().render(messages, tools, opened).text
+        return self._need_template().render(self._wrapped(messages), tools, opened).text
 
     def _need_template(self) -> ChatTemplate:
         if self.template is None:

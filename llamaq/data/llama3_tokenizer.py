@@ -132,23 +132,12 @@ class Llama3Tokenizer(ChatTokenizer):
             places += [start] * len(found)
         return tokens, places
 
-    def _wrap(self) -> Any:
-        return self._theirs.prompt_template
-
-    def chat(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[list[int], list[bool]]:
-        """Return ids and what is learned, with torchtune's `prompt_template`, if there is one; see `ChatTokenizer`."""
-        return super().chat(self._wrapped(messages), tools)
-
-    def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
-        """Return the ids of a prompt; see `chat`."""
-        return super().prompt(self._wrapped(messages), tools)
-
     def _wrapped(self, messages: list[Message]) -> list[Message]:
-        """Return the messages with the text that torchtune's `prompt_template` puts around them."""
-        if self._wrap() is None:
+        """Return the messages with the text that torchtune's `prompt_template` puts around them, if there is one."""
+        if self._theirs.prompt_template is None:
             return messages
         from torchtune.data import Message as TorchtuneMessage
 
         given = [TorchtuneMessage(role=m["role"], content=m.get("content") or "") for m in messages]
-        texts = ["".join(part["content"].strip() for part in m.content) for m in self._wrap()(given)]
+        texts = ["".join(part["content"].strip() for part in m.content) for m in self._theirs.prompt_template(given)]
         return [m | {"content": text} for m, text in zip(messages, texts, strict=True)]

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from llamaq.checkpoints.meta import PARAMS, WEIGHTS
-from llamaq.config import Component, Config
+from llamaq.config import Config
 from llamaq.config.load import with_overrides
 from llamaq.data.batches import collate_sft
 from llamaq.data.datasets import build_dataset
@@ -29,7 +29,7 @@ from llamaq.evaluate.tasks import measure_tasks
 from llamaq.export.benchmark import MEASURES, benchmark, median_and_quartiles
 from llamaq.export.exporter import load_eager
 from llamaq.export.pte import Pte
-from llamaq.families.tokenizer_files import HUGGING_FACE, META, section_in
+from llamaq.families.tokenizer_files import tokenizer_in
 from llamaq.runs.files import sha256_file, size_of
 from llamaq.runs.reader import recorded_config
 from llamaq.runs.tracking import progress
@@ -130,14 +130,6 @@ class Loose:
 
 def _is_model(path: Path) -> bool:
     return (path.suffix == ".pte" and path.is_file()) or all((path / name).is_file() for name in (PARAMS, WEIGHTS))
-
-
-def tokenizer_in(folder: Path) -> Component | None:
-    """Return the tokenizer that lies in a folder as llamaq writes it: Meta's file if there is one, else Hugging Face's.
-
-    The two give the same ids where both are there.
-    """
-    return section_in(folder, META) or section_in(folder, HUGGING_FACE)
 
 
 def measure_loose(path: Path, overrides: list[str]) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def test_torchtunes_prompt_template_still_stands_around_messages(corpus):
     plain = build_tokenizer(llama3(corpus), 600)
     wrapped = [CHAT[0] | {"content": "Question:Who??"}, CHAT[1]]
     assert tokenizer.chat(CHAT) == plain.chat(wrapped) and tokenizer.prompt(CHAT[:1]) == plain.prompt(wrapped[:1])
+    assert tokenizer.render(CHAT) == plain.render(wrapped) and "Question:Who??" in tokenizer.render(CHAT)
 
 
 # --- the right file for the right reader -----------------------------------------------------------------------------

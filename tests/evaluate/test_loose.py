@@ -19,8 +19,9 @@ from llamaq.data.corpus import tiny_chat
 from llamaq.data.datasets import build_dataset
 from llamaq.data.tokenizer import build_tokenizer
 from llamaq.errors import UserError
-from llamaq.evaluate.loose import CHAT_ROWS, Loose, measure_loose, table_of, tokenizer_in
+from llamaq.evaluate.loose import CHAT_ROWS, Loose, measure_loose, table_of
 from llamaq.evaluate.scores import score_model
+from llamaq.families.tokenizer_files import tokenizer_in
 from llamaq.quant.scheme import Scheme
 from llamaq.recipes.evaluate import evaluate_file, measured_last, names_a_file, settings_of
 from llamaq.recipes.export_executorch import convert
@@ -84,19 +85,19 @@ def test_what_is_missing_is_named(codes, tmp_path, monkeypatch):
         evaluate_file(str(codes), [])
 
 
-def test_a_tokenizer_is_found_in_each_form(tmp_path):
+def test_the_tokenizer_beside_a_file_is_the_one_that_holds_its_template(codes, tmp_path):
     assert tokenizer_in(tmp_path) is None
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        (tmp_path / name).write_text("{}")
-    hugging_face = tokenizer_in(tmp_path)
-    assert hugging_face is not None and hugging_face["path"] == f"{tmp_path}/tokenizer.json"
-    assert hugging_face["generation_config"] and "chat_template" not in hugging_face
-    (tmp_path / "tokenizer.model").write_text("")
+    shutil.copy(codes / "tokenizer.model", tmp_path)
     meta = tokenizer_in(tmp_path)
     assert meta == {
         "_component_": "torchtune.models.llama3.llama3_tokenizer",
         "path": f"{tmp_path}/tokenizer.model",
     }
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (tmp_path / name).write_text("{}")
+    hugging_face = tokenizer_in(tmp_path)  # a bundle has both; Meta's file does not say which template was trained
+    assert hugging_face is not None and hugging_face["path"] == f"{tmp_path}/tokenizer.json"
+    assert hugging_face["generation_config"] and "chat_template" not in hugging_face
 
 
 # --- a run says how it was made --------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from llamaq.train.sft import train_sft
 NEEDS = ("qat",)
 
 # what every training stage reads of the config, besides its own section
-TRAINING = ("model", "tokenizer", "seed", "dtype", "compile")
+TRAINING = ("model", "tokenizer", "seed", "dtype")
 
 
 def prepare_start(run: Run) -> None:

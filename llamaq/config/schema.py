@@ -161,8 +161,8 @@ class Config:
     scales are float32 either way. Use `fp32` on CPUs without bf16 instructions, where bf16 is slow."""
 
     compile: bool = False
-    """Compile each transformer block with `torch.compile`. Steps are faster after about a minute of compiling, but what
-    trains is not quite what ships. Leave it off if quality matters (docs/numerics.md, Known limit)."""
+    """Compile each transformer block with `torch.compile`. Steps are faster after about a minute of compiling. Weights
+    are quantized bit for bit as without it; float32 sums have another order."""
 
     activation_checkpointing: bool = False
     """Recompute the blocks in the backward pass to save memory. Steps take a third longer."""

@@ -19,8 +19,7 @@ from llamaq.config.schema import Config
 _OF_TRAINING = ("batch_size", "checkpoint_every_n_steps", "keep_checkpoints")
 
 # Settings that change speed, memory, logs or where files lie, but not a result, by full path. Batches only change the
-# order of float32 sums; a stage for which that matters names the setting itself, and then it counts. `compile` is not
-# here: a compiled block rounds scales differently (torch._inductor.config.emulate_precision_casts is off).
+# order of float32 sums; a stage for which that matters names the setting itself, and then it counts.
 NEUTRAL = frozenset(
     [
         "output_dir",
@@ -31,6 +30,7 @@ NEUTRAL = frozenset(
         "deepspeed",
         "device",
         "activation_checkpointing",
+        "compile",  # the same quantizer bit for bit; see model/build.py
         "evaluate.batch_size",
         "export.trust_adapters",  # lets a folder in or not; what it holds is an argument of its own
         *(f"{stage}.{key}" for stage in ("base", "qat", "qat_lora", "qat_dpo") for key in _OF_TRAINING),

@@ -89,6 +89,10 @@ def ready_to_train(model: CausalLM, c: Config, device: torch.device) -> CausalLM
     """Move to the device, recompute blocks in the backward pass and compile them, as the config says."""
     model.to(device).train()
     if c.compile:
+        import torch._inductor.config as inductor
+
+        # Inside a fused kernel, bfloat16 → float32 would else be left out, and with it the rounding of scales
+        inductor.emulate_precision_casts = True
         for layer in model.decoder.layers:
             layer.compile()
     if c.activation_checkpointing:

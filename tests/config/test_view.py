@@ -29,7 +29,7 @@ def test_a_stage_reads_what_it_declares_and_what_cannot_change_a_result(config):
     assert c.section("qat_dpo").batch_size == 16  # neutral
 
 
-@pytest.mark.parametrize("path", ["model", "seed", "dtype", "compile", "export.prompt", "qat_dpo.optimizer"])
+@pytest.mark.parametrize("path", ["model", "seed", "dtype", "export.prompt", "qat_dpo.optimizer"])
 def test_reading_anything_else_is_an_error(config, path):
     node: Any = only(config, "qat", "export.gate_tokens", "qat_dpo.loss")
     with pytest.raises(AssertionError, match=f"'{path}' is read by a stage that does not declare it"):

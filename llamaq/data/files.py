@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from llamaq.errors import UserError
+from llamaq.runs.files import DATA_ENDINGS, data_files_in
 
 BLOCK_BYTES = 2**20  # of a block of lines: some 1,000 conversations
 BLOCK_ROWS = 512  # of a block that is parsed already
-ENDINGS = (".jsonl", ".json", ".ndjson", ".parquet", ".jsonl.gz", ".json.gz", ".ndjson.gz")  # of files in a folder
 COMPRESSED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
 SAVE_AS_UTF8 = "save it as UTF-8"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -61,9 +61,10 @@ def find_files(named: Any, setting: str) -> list[Path]:
         if path.is_file():
             found.append(path)
         elif path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(ENDINGS))
+            inside = data_files_in(path)
             if not inside:
-                raise UserError(f"{setting}.data_files={name}: no file in this folder ends with {', '.join(ENDINGS)}")
+                endings = ", ".join(DATA_ENDINGS)
+                raise UserError(f"{setting}.data_files={name}: no file in this folder ends with {endings}")
             found += inside
         else:
             matching = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())

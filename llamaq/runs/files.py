@@ -24,6 +24,7 @@ UNUSABLE = (
     errno.ENAMETOOLONG,
 )
 LARGE = 2**30  # bytes; reading or hashing as much takes seconds, and minutes on a network file system
+DATA_ENDINGS = (".jsonl", ".json", ".ndjson", ".parquet", ".jsonl.gz", ".json.gz", ".ndjson.gz")
 OF_FILE_SYSTEMS = ("lost+found", ".DS_Store")  # what a disk or a file browser puts into any folder
 
 
@@ -46,6 +47,11 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Any) -> str:
     """Return the SHA-256 of a value written as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def data_files_in(folder: Path) -> list[Path]:
+    """Return the files of rows that lie in a folder itself, by name; what else lies there is not data."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(DATA_ENDINGS))
 
 
 def bytes_in(folder: Path, seen: set[tuple[int, int]] | None = None) -> int:

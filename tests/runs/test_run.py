@@ -154,6 +154,17 @@ def test_a_data_file_given_by_its_bare_name_counts_by_its_content(tmp_path, monk
     assert before["source"] == "json" and identity_of(settings) != before != settings
 
 
+def test_a_data_folder_counts_by_the_rows_in_it(tmp_path):
+    (tmp_path / "train.jsonl").write_text("x")
+    settings = {"data_files": str(tmp_path)}
+    before = identity_of(settings)
+    (tmp_path / "README.md").write_text("about it")  # no rows
+    (tmp_path / "more.jsonl").mkdir()
+    assert identity_of(settings) == before
+    (tmp_path / "heldout.parquet").write_text("y")
+    assert identity_of(settings) != before
+
+
 def test_a_stage_that_fails_leaves_no_folder_and_finds_its_files_next_time(run):
     def dies(folder: Path):
         (folder / "half").write_text("half")

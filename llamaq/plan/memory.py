@@ -151,7 +151,7 @@ def export_bytes(shape: Shape, c: Config) -> dict[str, float]:
     traced programs, and packed in delegates, program and file. A layer's graphs take as much however wide they are.
     """
     return {
-        "libraries": 0.55 * GIB,
+        "libraries": 0.45 * GIB,
         "linears": 5.7 * shape.linears,
         "graphs": 37e6 * shape.layers,
         "embedding and head": 4.3 * shape.embedding,

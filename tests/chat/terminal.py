@@ -24,11 +24,18 @@ class Terminal:
         os.write(self._fd, text.encode())
 
     def interrupt_typing(self, text: str) -> None:
-        """Type a text and press Ctrl-C, as slowly as a person: a signal that comes before `select` is seen too late."""
+        """Type a text and press Ctrl-C, as a person does: again if nothing happens.
+
+        Python notices a signal that comes before readline's `select` at the next key only.
+        """
         self.send(text)
         self.expect(re.escape(text))  # the echo: readline has taken it in, and waits again
-        time.sleep(0.5)
-        self.send("\x03")
+        before = len(self.text)
+        for _ in range(10):
+            self.send("\x03")
+            self._more(2.0)
+            if len(self.text) > before:
+                return
 
     def expect(self, pattern: str) -> re.Match[str]:
         deadline = time.monotonic() + PATIENCE

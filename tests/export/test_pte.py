@@ -100,16 +100,11 @@ def test_adapters_and_one_long_context(qat_lora):
     assert sum(parts.values()) == file.stat().st_size and parts["program"] > 0
 
 
-@pytest.mark.parametrize("kind", ["qat_lora", "spinquant"])
-def test_what_makes_the_export_quick_leaves_the_file_as_it_is(kind, tmp_path, monkeypatch):
-    saved_variant(tmp_path / "model", kind)
-    options, further = LENGTHS, {"other": tmp_path / "model"} if kind == "qat_lora" else {}
-    if kind == "spinquant":
-        options = replace(LENGTHS, quantize_kv_cache=True, full_logits=True)
-    export_pte(tmp_path / "model", tmp_path / "quick.pte", options, METADATA, adapters=further)
+def test_what_makes_the_export_quick_leaves_the_file_as_it_is(qat_lora, tmp_path, monkeypatch):
+    folder, _, file = qat_lora
     monkeypatch.setattr(exporter, "quick_tracing", contextlib.nullcontext)
-    export_pte(tmp_path / "model", tmp_path / "stock.pte", options, METADATA, adapters=further)
-    assert (tmp_path / "quick.pte").read_bytes() == (tmp_path / "stock.pte").read_bytes()
+    export_pte(folder / "model", tmp_path / "model.pte", LENGTHS, METADATA)
+    assert (tmp_path / "model.pte").read_bytes() == file.read_bytes()
 
 
 def test_the_runner_answers_prompts_longer_than_a_call(qat_lora, tmp_path):

@@ -237,9 +237,11 @@ class Run:
         identity, up_to_date = from_rank_zero(lambda: self._begin(name, made_of, inputs, folder, partial))
         if up_to_date:
             return folder
+        began = time.monotonic()
         with naming_full_disk(str(partial)):
             metrics = build(partial) or {}
-        from_rank_zero(lambda: self._finish(name, identity, made_of, metrics, folder, partial))
+        seconds = round(time.monotonic() - began, 1)
+        from_rank_zero(lambda: self._finish(name, identity, made_of, metrics, seconds, folder, partial))
         self.executed.append(name)
         return folder
 
@@ -285,7 +287,14 @@ class Run:
             )
 
     def _finish(
-        self, name: str, identity: Any, made_of: dict[str, Any], metrics: dict[str, Any], folder: Path, partial: Path
+        self,
+        name: str,
+        identity: Any,
+        made_of: dict[str, Any],
+        metrics: dict[str, Any],
+        seconds: float,
+        folder: Path,
+        partial: Path,
     ) -> None:
         files = {
             p.relative_to(partial).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size}
@@ -300,6 +309,7 @@ class Run:
             "settings": made_of["settings"],
             "packages": package_versions(),
             "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "seconds": seconds,  # in the process that finished it; a resumed stage took longer in all
             "metrics": metrics,
             "files": files,
         }

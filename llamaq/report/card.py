@@ -9,6 +9,7 @@ from llamaq.checkpoints.meta import PARAMS
 from llamaq.export.exporter import executorch_arguments
 from llamaq.export.patches import beyond_stock
 from llamaq.report.measured import measured_parts
+from llamaq.report.origin import TRAINED_HERE
 from llamaq.report.page import template_parts
 from llamaq.report.tables import MIB, MODELS, quality_table, table
 
@@ -62,6 +63,8 @@ def _license(facts: Facts) -> str:
 
 
 def _licences(facts: Facts) -> str:
+    if facts["base"] == TRAINED_HERE:
+        return "The weights were trained from random ones, so their licence is yours to choose. The data has its own."
     named = facts["license_name"] or facts["license"]
     known = f"({named})" if named and named != "other" else "(its folder does not name it: look it up where it is from)"
     text = f"The weights are derived from `{facts['base']}` and stay under its licence {known}."

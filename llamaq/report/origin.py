@@ -10,6 +10,7 @@ import yaml
 Facts = dict[str, Any]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TRAINED_HERE = "a model trained here"  # on a generated corpus, from random weights
 TEXTS = {  # how the text of a licence begins → the hub's name of it
     r"LLAMA (\d(?:\.\d)?) COMMUNITY LICENSE": "llama{}",
     r"Apache License\s+Version 2\.0": "apache-2.0",
@@ -28,7 +29,7 @@ def origin_of(checkpoint: Path | None) -> Facts:
         folder does not say; license_name: what the folder calls a licence that hubs have no name for.
     """
     if checkpoint is None:
-        return {"base": "a model trained here", "base_id": None, "license": "other", "license_name": None}
+        return {"base": TRAINED_HERE, "base_id": None, "license": "other", "license_name": None}
     front = front_matter(checkpoint / "README.md")
     licence = front.get("license")
     return {

@@ -51,3 +51,4 @@ def test_metas_own_folders_have_their_id_in_the_name(tmp_path):
     (tmp_path / "Llama-3.2-1B-Instruct").mkdir()
     assert origin_of(tmp_path / "Llama-3.2-1B-Instruct")["base_id"] == "meta-llama/Llama-3.2-1B-Instruct"
     assert "base_model" not in card(**origin_of(None)) and "license: other\n" in card(**origin_of(None))
+    assert "trained from random ones" in card(**origin_of(None)) and "its folder" not in card(**origin_of(None))

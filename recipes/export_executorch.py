@@ -113,7 +113,8 @@ def export(
         }
         result = export_checked(c, codes, pte_file, lambda: model(run), context, methods)
         for name, checkpoint in methods.items():
-            result["hand_overs"][f"pte/{name}"] = check_method(c, checkpoint, pte_file, name, context)
+            noise = result["noise"]["pte"]
+            result["hand_overs"][f"pte/{name}"] = check_method(c, checkpoint, pte_file, name, noise, context)
         shutil.rmtree(folder / "methods", ignore_errors=True)  # all of it is in the .pte
         return result
 

@@ -63,17 +63,21 @@ class ExportConfig:
 
     max_relative_error: float = 1e-4
     """Gate: largest relative error of the logits, ‖difference‖ / ‖reference‖, 0 or more. For the .pte it is that of the
-    median token, for the steps before it that of all tokens together. Use 5e-2 for 1B and larger models, where rounding
-    changes every token a little (docs/numerics.md, The gates). Another value runs `convert` and `export` again."""
+    median token, for the steps before it that of all tokens together (docs/numerics.md, The gates). Another value runs
+    `convert` and `export` again."""
 
     min_top1_agreement: float = 1.0
     """Gate: smallest share of equal top-1 tokens, 0 to 1. A token is equal if the most likely next token is the same
-    before and after the step. Use 0.97 for 1B and larger models, as with `max_relative_error`."""
+    before and after the step."""
 
     max_kl: float = 1e-3
     """Gate: largest KL of the .pte from the trained model, in nats per token, 0 or more. It is measured on
-    `gate_tokens` as one context, so that it also tests the KV cache. Use 1e-2 for 1B. Deeper models can need more: 30
-    layers had 0.027 (docs/numerics.md, A missed gate)."""
+    `gate_tokens` as one context, so that it also tests the KV cache."""
+
+    noise_factor: float = 3.0
+    """Gate: a .pte beyond a limit above passes if it is no further from the trained model than this many times what one
+    float32 ulp in every linear's output does to that model, 0 or more. In deep models rounding alone exceeds the limits
+    (docs/numerics.md, A missed gate). 0: only the limits count."""
 
     def check(self, name: str) -> None:
         """Check names, lengths, gates and the names of methods."""
@@ -96,7 +100,7 @@ class ExportConfig:
             f"{self.max_context_length}; lower it to {max(0, self.max_context_length - 2)} or less",
         )
         fraction(f"{name}.min_top1_agreement", self.min_top1_agreement)
-        for key in ("max_relative_error", "max_kl"):  # infinity turns a gate off
+        for key in ("max_relative_error", "max_kl", "noise_factor"):  # infinity turns a gate off
             require(getattr(self, key) >= 0, f"{name}.{key}={getattr(self, key)}: must be 0 or more")
 
     @property

@@ -15,11 +15,8 @@ from llamaq.evaluate.scores import Collate, score_file, score_model
 from llamaq.evaluate.sensitivity import divergence
 from llamaq.export.pte import Pte
 from llamaq.model.causal_lm import CausalLM
-from llamaq.model.compare import agreement
-from llamaq.quant.prepare import quantized_linears
+from llamaq.model.compare import agreement, perturbed
 from llamaq.runs.files import sha256_file
-
-ULP = 2**-23  # of float32: the step from one number to the next, relative to the number
 
 
 def score_pte(
@@ -101,13 +98,6 @@ def numerics(model: CausalLM, tokens: Tensor) -> dict[str, dict[str, float]]:
     exact = model(tokens)[0]
     with torch.autocast(tokens.device.type, torch.bfloat16):
         bf16 = model(tokens)[0].float()
-    generator = torch.Generator().manual_seed(0)
-
-    def perturb(module: Any, inputs: Any, y: Tensor) -> Tensor:
-        return y * (1 + ULP * torch.randint(-1, 2, y.shape, generator=generator))
-
-    hooks = [m.register_forward_hook(perturb) for m in quantized_linears(model.decoder).values()]
-    perturbed = model(tokens)[0]
-    for hook in hooks:
-        hook.remove()
-    return {"float32": agreement(exact, perturbed), "bf16": agreement(exact, bf16)}
+    with perturbed(model.decoder):
+        float32 = model(tokens)[0]
+    return {"float32": agreement(exact, float32), "bf16": agreement(exact, bf16)}

@@ -1,9 +1,16 @@
 """How far two models' outputs are apart: KL, agreement of the most likely tokens, relative error."""
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from llamaq.quant.prepare import quantized_linears
+
+ULP = 2**-23  # of float32: the step from one number to the next, relative to the number
 HEAD_CHUNK_TOKENS = 1024  # logits exist for this many positions at a time: 0.5 GB in float32 at Llama 3's vocabulary
 
 
@@ -43,3 +50,22 @@ def agreement(reference: Tensor, other: Tensor) -> dict[str, float]:
         "top1": float((reference.argmax(-1) == other.argmax(-1)).double().mean()),
         "top5": float(in_top5(reference.argmax(-1), other).double().mean()),
     }
+
+
+@contextlib.contextmanager
+def perturbed(decoder: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Change every linear's output by one float32 ulp, up, down or not at all, as summing in another order does.
+
+    What that does to a model is the floor of every comparison with another implementation of it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def perturb(module: Any, inputs: Any, y: Tensor) -> Tensor:
+        return y * (1 + ULP * torch.randint(-1, 2, y.shape, generator=generator))
+
+    hooks = [m.register_forward_hook(perturb) for m in quantized_linears(decoder).values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

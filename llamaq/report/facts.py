@@ -115,6 +115,7 @@ def _collect_common_facts(c: Config, folder: Path, metrics: dict[str, Any], meas
         "max_relative_error": c.export.max_relative_error,
         "min_top1": c.export.min_top1_agreement,
         "max_kl": c.export.max_kl,
+        "noise_factor": c.export.noise_factor,
         "pte_bytes": exported["bytes"],
         "pte_sha256": exported["sha256"],
         "pte_metadata": exported["metadata"],

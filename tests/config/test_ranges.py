@@ -46,6 +46,7 @@ ACCEPTED = {
     "export.gate_tokens": ["huge"],
     "export.max_relative_error": ["0", "inf", "huge"],  # infinity turns a gate off
     "export.max_kl": ["0", "inf", "huge"],
+    "export.noise_factor": ["0", "inf", "huge"],
     "export.min_top1_agreement": ["0"],
     "evaluate.batch_size": ["huge"],
     "evaluate.max_samples": ["huge"],

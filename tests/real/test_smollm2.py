@@ -81,7 +81,12 @@ def test_the_chain_runs_from_the_folder_and_its_file_answers(smollm2, data, tmp_
         for key in ("max_steps=2", "global_batch_size=4", "batch_size=4", "lr_scheduler.num_warmup_steps=1")
     ]
     lengths = ["tokenizer.max_seq_len=128", "export.max_seq_length=64", "export.max_context_length=256"]
-    few = ["evaluate.models=[final,final.pte]", "evaluate.file_tokens=32", "evaluate.max_samples=6"]
+    few = [
+        "evaluate.models=[final,final.pte]",
+        "evaluate.control=false",
+        "evaluate.file_tokens=32",
+        "evaluate.max_samples=6",
+    ]
     fast = ["evaluate.speed=false", "wandb.mode=disabled", "export.gate_tokens=32", *few]
     rows = [f"{stage}.dataset.packed=false" for stage in ("qat", "qat_lora")]
     prompt = [f"export.prompt={QUESTION}", "export.max_new_tokens=24"]

@@ -77,7 +77,7 @@ class ExportConfig:
     noise_factor: float = 3.0
     """Gate: a .pte beyond a limit above passes if it is no further from the trained model than this many times what one
     float32 ulp in every linear's output does to that model, 0 or more. In deep models rounding alone exceeds the limits
-    (docs/numerics.md, A missed gate). 0: only the limits count."""
+    (docs/numerics.md, The gates). 0: only the limits count."""
 
     def check(self, name: str) -> None:
         """Check names, lengths, gates and the names of methods."""

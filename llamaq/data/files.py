@@ -7,7 +7,6 @@ bytes, not from its name.
 
 import codecs
 import contextlib
-import glob
 import gzip
 import json
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llamaq.errors import UserError
-from llamaq.runs.files import DATA_ENDINGS, data_files_in
+from llamaq.runs.files import DATA_ENDINGS, data_files_named
 
 BLOCK_BYTES = 2**20  # of a block of lines: some 1,000 conversations
 BLOCK_ROWS = 512  # of a block that is parsed already
@@ -57,20 +56,12 @@ def find_files(named: Any, setting: str) -> list[Path]:
     """
     found: list[Path] = []
     for name in [named] if isinstance(named, (str, Path)) else list(named or []):
-        path = Path(name).expanduser()
-        if path.is_file():
-            found.append(path)
-        elif path.is_dir():
-            inside = data_files_in(path)
-            if not inside:
-                endings = ", ".join(DATA_ENDINGS)
-                raise UserError(f"{setting}.data_files={name}: no file in this folder ends with {endings}")
-            found += inside
-        else:
-            matching = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-            if not matching:
-                raise UserError(f"{setting}.data_files={name}: no such file")
-            found += matching
+        files = data_files_named(name)
+        if not files:
+            is_folder = Path(name).expanduser().is_dir()
+            why = f"no file in this folder ends with {', '.join(DATA_ENDINGS)}" if is_folder else "no such file"
+            raise UserError(f"{setting}.data_files={name}: {why}")
+        found += files
     return found
 
 

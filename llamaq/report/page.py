@@ -84,8 +84,9 @@ def _hand_over_parts(facts: Facts) -> list[str]:
         "one by one through its KV cache.",
         f"Gates: relative error ≤ {facts['max_relative_error']:.0e}, top-1 ≥ {facts['min_top1']:.3f}, and KL of the "
         f"one long context ≤ {facts['max_kl']:.0e}. For the .pte the relative error is the median token's, because one "
-        "activation that is rounded to the neighbouring int8 level moves its token by about 5e-3. Up to "
-        f"{facts['noise_factor']:g} times what one float32 ulp in every linear does to the model passes too.",
+        "activation that is rounded to the neighbouring int8 level moves its token by about 5e-3. A .pte "
+        f"passes too if it differs by at most {facts['noise_factor']:g} times what one float32 ulp in every linear's "
+        "output does to the model.",
         hand_over_table(facts["hand_overs"]),
     ]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -49,9 +50,14 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def data_files_in(folder: Path) -> list[Path]:
-    """Return the files of rows that lie in a folder itself, by name; what else lies there is not data."""
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(DATA_ENDINGS))
+def data_files_named(name: str | Path) -> list[Path]:
+    """Return the data files that a path names: a file, the files of rows in a folder, or what a pattern matches."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(DATA_ENDINGS))
+    return sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
 
 
 def bytes_in(folder: Path, seen: set[tuple[int, int]] | None = None) -> int:

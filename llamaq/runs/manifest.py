@@ -5,7 +5,6 @@ lead to, its inputs by content, and the version of its code. A stage runs again 
 """
 
 import contextlib
-import glob
 import json
 import os
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaq.errors import UserError
-from llamaq.runs.files import data_files_in, sha256_file, sha256_json
+from llamaq.runs.files import data_files_named, sha256_file, sha256_json
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"  # in an unfinished stage's folder: the identity it was begun with
@@ -94,9 +93,7 @@ def identity_of(settings: Any) -> Any:
 def _identity_of_files(named: Any) -> Any:
     """Return the identity of a dataset's files, which may be named by folders and patterns such as `data/*.jsonl`."""
     if isinstance(named, str) and not os.path.isfile(named):
-        path = Path(named).expanduser()
-        found = data_files_in(path) if path.is_dir() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-        return [f"sha256:{content_hash(file)}" for file in found] or named
+        return [f"sha256:{sha256_file(file)}" for file in data_files_named(named)] or named
     if isinstance(named, dict):
         return {k: _identity_of_files(v) for k, v in named.items()}
     return [_identity_of_files(v) for v in named] if isinstance(named, list) else identity_of(named)

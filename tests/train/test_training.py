@@ -314,7 +314,7 @@ sys.path[:0] = [{tests!r}, {here!r}]
 from pathlib import Path
 from test_training import dpo_objective, pairs, run_training, samples, with_reference
 from conftest import ADAPTERS, small
-from llamaq.model.build import build_model, ready_to_train
+from llamaq.model.build import build_model
 from llamaq.quant.scheme import Scheme
 from llamaq.runs.main import leave_process_group
 dist.init_process_group("gloo")
